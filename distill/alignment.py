@@ -1,0 +1,167 @@
+"""One student and one teacher: layer pairing, heads, standardiser and loss.
+
+Legend: B images, N tokens, D the teacher's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill.encoder import Encoder, Layer
+from distill.errors import ConfigError
+from distill.heads import HeadKind, build_head
+from distill.hidden_states import match_grids, pair_last_layers, patch_tokens, shared_prefix
+from distill.losses import Loss, NegativeCosine
+from distill.standardise import FeatureStatistics, StandardiseMode, Standardiser
+
+
+@dataclass
+class AlignmentConfig:
+    """How a student is aligned with a teacher. None of these values is published: the defaults are this project's.
+
+    Args:
+        student: name of the student in the recipe.
+        teacher: name of the teacher in the recipe.
+        num_layers: K, the last hidden states compared. With 2 or more, the one before the last is trained too, which
+            LLaVA-like consumers read.
+        head: "linear", "layer_norm_linear", "mlp" or "none", one head for each paired layer.
+        loss: by class_path, for example distill.losses.SmoothL1; null means distill.losses.NegativeCosine.
+        standardise: what is done to the teacher's tokens: "none", "mean_std" or "phi_s".
+        prefix_weight: share of the loss, from 0 to 1, that goes to prefix tokens where both sides have them; the rest
+            goes to the patch tokens.
+        layer_weights: weight of each paired layer, oldest first; null means equal. They are scaled to sum to 1.
+        weight: factor of this alignment in the total loss.
+    """
+
+    student: str
+    teacher: str
+    num_layers: int = 4
+    head: HeadKind = "layer_norm_linear"
+    loss: Loss | None = None
+    standardise: StandardiseMode = "none"
+    prefix_weight: float = 0.1
+    layer_weights: list[float] | None = None
+    weight: float = 1.0
+
+
+class Alignment(nn.Module):
+    """Computes the loss between one student's and one teacher's last K hidden states.
+
+    Args:
+        config: see `AlignmentConfig`.
+        student: the student.
+        teacher: the teacher; not kept.
+
+    Raises:
+        ConfigError: K exceeds a depth, or weights, head and loss do not fit together.
+    """
+
+    def __init__(self, config: AlignmentConfig, student: Encoder, teacher: Encoder) -> None:
+        super().__init__()
+        self.config = config
+        self.loss = config.loss or NegativeCosine()
+        check_alignment(config, student, teacher, self.loss)
+        depth = config.num_layers
+        student_dims, self.teacher_dims = student.layer_dims[-depth:], teacher.layer_dims[-depth:]
+        pairs = list(zip(student_dims, self.teacher_dims, strict=True))
+        self.heads = nn.ModuleList(build_head(config.head, wide, target) for wide, target in pairs)
+        self.standardisers = nn.ModuleList(Standardiser(config.standardise, target) for target in self.teacher_dims)
+        weights = config.layer_weights or [1.0] * depth
+        self.layer_weights = [weight / sum(weights) for weight in weights]
+        self.layer_names = [f"layer_{position - depth}" for position in range(depth)]
+
+    @property
+    def has_comparable_tokens(self) -> bool:
+        """Whether student tokens, after the head, have the teacher's width, so that a cosine can be reported."""
+        return self.loss.needs_head
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a standardiser still lacks statistics."""
+        return any(cast(Standardiser, module).needs_calibration for module in self.standardisers)
+
+    def calibrate(self, statistics: list[FeatureStatistics]) -> None:
+        """Fix the standardisers from one `FeatureStatistics` a layer, oldest first."""
+        for module, layer in zip(self.standardisers, statistics, strict=True):
+            cast(Standardiser, module).calibrate(layer)
+
+    def tokens(self, student: list[Layer], teacher: list[Layer]) -> list[tuple[Tensor, Tensor]]:
+        """Return, for each paired layer, patch tokens after the head and target tokens, both `[B, N, D]`."""
+        paired: list[tuple[Tensor, Tensor]] = []
+        for position, (ours, theirs) in enumerate(pair_last_layers(student, teacher, self.config.num_layers)):
+            own, target = match_grids(ours[1], theirs[1])
+            paired.append(self._project(position, patch_tokens(own), patch_tokens(target)))
+        return paired
+
+    def forward(self, student: list[Layer], teacher: list[Layer]) -> dict[str, Tensor]:
+        """Return `{"loss": scalar, "loss/layer_-K": scalar, ..., "loss/layer_-1": scalar}`, float32.
+
+        Args:
+            student: hidden states, oldest first, at least K.
+            teacher: hidden states, oldest first, at least K.
+        """
+        values: dict[str, Tensor] = {}
+        layers = pair_last_layers(student, teacher, self.config.num_layers)
+        patches = self.tokens(student, teacher)
+        for position, ((ours, theirs), (own, target)) in enumerate(zip(layers, patches, strict=True)):
+            value = self.loss(own, target)
+            prefix = shared_prefix(ours[0], theirs[0]) if self.config.prefix_weight > 0 else None
+            if prefix is not None:
+                prefix_loss = self.loss(*self._project(position, *prefix))
+                value = (1 - self.config.prefix_weight) * value + self.config.prefix_weight * prefix_loss
+            values[f"loss/{self.layer_names[position]}"] = value
+        weighted = [weight * value for weight, value in zip(self.layer_weights, values.values(), strict=True)]
+        return {"loss": torch.stack(weighted).sum(), **values}
+
+    def _project(self, position: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            target = self.standardisers[position](teacher)
+        return self.heads[position](student), target
+
+    def extra_repr(self) -> str:
+        """Say who is aligned with whom."""
+        return f"{self.config.student} <- {self.config.teacher}, {type(self.loss).__name__}"
+
+
+def check_alignment(config: AlignmentConfig, student: Encoder, teacher: Encoder, loss: Loss) -> None:
+    """Refuse what cannot work, before any weight is loaded.
+
+    Raises:
+        ConfigError: naming the key of `model.alignments` and the way out.
+    """
+    where = f"model.alignments ({config.student} <- {config.teacher})"
+    shallower = min(student.depth, teacher.depth)
+    if not 1 <= config.num_layers <= shallower:
+        raise ConfigError(f"{where}: num_layers {config.num_layers} must be from 1 to {shallower}, the smaller depth.")
+    if not 0 <= config.prefix_weight <= 1:
+        raise ConfigError(f"{where}: prefix_weight {config.prefix_weight} must be from 0 to 1.")
+    weights = config.layer_weights
+    if weights is not None and (len(weights) != config.num_layers or min(weights) < 0 or sum(weights) <= 0):
+        raise ConfigError(
+            f"{where}: layer_weights {weights} must be {config.num_layers} numbers, none negative and not all zero."
+        )
+    student_dims, teacher_dims = student.layer_dims[-config.num_layers :], teacher.layer_dims[-config.num_layers :]
+    if config.head == "none" and loss.needs_head and student_dims != teacher_dims:
+        raise ConfigError(
+            f"{where}: head none needs equal widths, but the student has {student_dims} and the teacher "
+            f"{teacher_dims}; use head layer_norm_linear, or the loss distill.losses.TokenGram."
+        )
+    if config.head != "none" and not loss.needs_head:
+        raise ConfigError(f"{where}: the loss {type(loss).__name__} compares tokens without a head; use head none.")
+
+
+def describe(config: AlignmentConfig) -> dict[str, Any]:
+    """Return the alignment's settings as plain values, for reports and cards."""
+    return {
+        "student": config.student,
+        "teacher": config.teacher,
+        "num_layers": config.num_layers,
+        "head": config.head,
+        "loss": type(config.loss or NegativeCosine()).__name__,
+        "standardise": config.standardise,
+        "prefix_weight": config.prefix_weight,
+    }

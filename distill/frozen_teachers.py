@@ -1,0 +1,79 @@
+"""The holder that keeps teachers out of everything that is saved, copied, optimised or synchronised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distill.checkpoint import read_weights
+from distill.encoder import Encoder, Layer
+
+
+class FrozenTeachers:
+    """Teachers by name, outside the module registry.
+
+    It is no `nn.Module`, so a LightningModule that owns one has no teacher tensor in its `state_dict`, optimiser or
+    DDP buckets. It refuses to be deep-copied, so an EMA callback that copies the whole module shares the teachers
+    instead of doubling them.
+
+    Args:
+        teachers: encoders by name.
+        micro_batch: images a teacher sees at a time; None means all. On a CPU 1 is fastest, since attention scores
+            stay in the cache; on a GPU it bounds memory.
+    """
+
+    def __init__(self, teachers: Mapping[str, nn.Module], micro_batch: int | None = None) -> None:
+        self._modules = {name: teacher.eval().requires_grad_(False) for name, teacher in teachers.items()}
+        self.micro_batch = micro_batch
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeachers:
+        return self
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self._modules[name]
+
+    def encoder(self, name: str) -> Encoder:
+        """Return one teacher under its protocol."""
+        return cast(Encoder, self._modules[name])
+
+    def names(self) -> Iterable[str]:
+        """The teachers' names."""
+        return self._modules.keys()
+
+    def load_weights(self) -> None:
+        """Read every teacher's weights.
+
+        Raises:
+            WeightsError: naming the teacher.
+        """
+        for name, teacher in self._modules.items():
+            read_weights(teacher, f"teacher {name!r}")
+            teacher.eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> None:
+        """Move every teacher to a device; dtypes stay as each teacher chose."""
+        for teacher in self._modules.values():
+            teacher.to(device)
+
+    @torch.no_grad()
+    def forward_hidden_states(self, images: Tensor, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
+        """Return the last hidden states of each teacher, computed once for all students.
+
+        Args:
+            images: `[B, 3, H, W]`, uint8 or [0, 1].
+            layers: for each teacher's name, how many hidden states are wanted.
+        """
+        return {name: self._chunked(self.encoder(name), images, count) for name, count in layers.items()}
+
+    def _chunked(self, teacher: Encoder, images: Tensor, num_layers: int) -> list[Layer]:
+        size = self.micro_batch or images.shape[0]
+        chunks = [teacher.forward_hidden_states(part, num_layers) for part in images.split(size)]
+        if len(chunks) == 1:
+            return chunks[0]
+        return [
+            (torch.cat([chunk[layer][0] for chunk in chunks]), torch.cat([chunk[layer][1] for chunk in chunks]))
+            for layer in range(num_layers)
+        ]

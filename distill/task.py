@@ -1,0 +1,283 @@
+"""The LightningModule: teachers, students and their alignments for one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from distill.alignment import Alignment, AlignmentConfig
+from distill.checkpoint import read_weights
+from distill.encoder import Encoder, Layer
+from distill.errors import ConfigError
+from distill.frozen_teachers import FrozenTeachers
+from distill.metrics import DomainCosine
+from distill.optim import OptimConfig, build_optimizer, build_scheduler, parameter_groups
+from distill.standardise import FeatureStatistics
+
+Batch = dict[str, Any]
+
+
+class DistillationTask(LightningModule):
+    """Aligns every student with its teachers on the last K hidden states.
+
+    The teachers' forward is computed once a batch and shared by all students.
+
+    Args:
+        teachers: frozen encoders by name, each by class_path.
+        students: trained encoders by name, each by class_path.
+        alignments: who learns from whom and how; null means every student from every teacher with the defaults.
+        optimizer: learning rates, weight decay and schedule.
+        teacher_micro_batch: images a teacher sees at a time; null means the whole batch.
+        calibration_batches: training batches from which the statistics of standardised targets are taken before the
+            first step; used only where an alignment standardises.
+
+    Raises:
+        ConfigError: a name is unknown, a student has no alignment, or an encoder is no module.
+    """
+
+    def __init__(
+        self,
+        teachers: dict[str, Encoder],
+        students: dict[str, Encoder],
+        alignments: list[AlignmentConfig] | None = None,
+        optimizer: OptimConfig | None = None,
+        teacher_micro_batch: int | None = None,
+        calibration_batches: int = 16,
+    ) -> None:
+        super().__init__()
+        configs = alignments or [AlignmentConfig(own, other) for own in students for other in teachers]
+        check_names(configs, teachers, students)
+        self.teachers = FrozenTeachers(as_modules("teachers", teachers), teacher_micro_batch)
+        self.students = nn.ModuleDict(as_modules("students", students))
+        self.alignments = nn.ModuleList(
+            Alignment(config, students[config.student], teachers[config.teacher]) for config in configs
+        )
+        self.optimizer_config = optimizer or OptimConfig()
+        self.calibration_batches = calibration_batches
+        self.initial_metrics: dict[str, float] = {}
+        self._has_weights = False
+        self._metrics: list[MetricCollection] = []
+
+    def configure_model(self) -> None:
+        """Read all weights, once; Lightning calls this before it builds the optimiser.
+
+        Raises:
+            WeightsError: naming the teacher or student.
+        """
+        if self._has_weights:
+            return
+        self.teachers.load_weights()
+        for name, student in self.students.items():
+            read_weights(student, f"student {name!r}")
+        self._has_weights = True
+
+    def configure_optimizers(self) -> Any:
+        """Return fused AdamW and its per-step schedule."""
+        groups = parameter_groups(self.students, self.alignments, self.optimizer_config)
+        optimizer = build_optimizer(groups, self.optimizer_config)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, total_steps, self.optimizer_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Make one set of validation metrics for each alignment that can report a cosine."""
+        domains = cast(Any, self.trainer).datamodule.domains
+        self._metrics = [
+            MetricCollection(
+                {name: DomainCosine(domains, dim) for name, dim in zip(a.layer_names, a.teacher_dims, strict=True)},
+                compute_groups=False,
+            )
+            for a in self.comparable_alignments()
+        ]
+
+    def comparable_alignments(self) -> list[Alignment]:
+        """The alignments whose student tokens can be compared with the teacher's by a cosine."""
+        alignments = [cast(Alignment, module) for module in self.alignments]
+        return [alignment for alignment in alignments if alignment.has_comparable_tokens]
+
+    def on_fit_start(self) -> None:
+        """Move the teachers to the device and take the statistics that standardised targets need."""
+        self.teachers.to(self.device)
+        self.calibrate()
+
+    def on_validation_start(self) -> None:
+        """Move the teachers and the metrics to the device, also when validation runs alone."""
+        self.teachers.to(self.device)
+        for collection in self._metrics:
+            collection.to(self.device)
+
+    def hidden_states(self, images: Tensor) -> tuple[dict[str, list[Layer]], dict[str, list[Layer]]]:
+        """Return the hidden states of every teacher and of every student, as many as their alignments need."""
+        configs = [cast(Alignment, module).config for module in self.alignments]
+        teacher_layers, student_layers = dict[str, int](), dict[str, int]()
+        for config in configs:
+            teacher_layers[config.teacher] = max(config.num_layers, teacher_layers.get(config.teacher, 0))
+            student_layers[config.student] = max(config.num_layers, student_layers.get(config.student, 0))
+        targets = self.teachers.forward_hidden_states(images, teacher_layers)
+        own = {
+            name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
+            for name, count in student_layers.items()
+        }
+        return targets, own
+
+    def _step(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the total loss and its parts for one batch, without logging."""
+        targets, own = self.hidden_states(batch["images"])
+        values: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
+        for module in self.alignments:
+            alignment = cast(Alignment, module)
+            config = alignment.config
+            result = alignment(own[config.student], targets[config.teacher])
+            parts.append(config.weight * result.pop("loss"))
+            values |= {self._named(key, alignment): value for key, value in result.items()}
+        return {"loss/total": torch.stack(parts).sum(), **values}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the total loss; log it and its parts."""
+        values = self._step(batch)
+        self.log_dict({key: value.detach() for key, value in values.items()}, batch_size=len(batch["images"]))
+        return values["loss/total"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect each layer's cosine by domain."""
+        targets, own = self.hidden_states(batch["images"])
+        for alignment, collection in zip(self.comparable_alignments(), self._metrics, strict=True):
+            config = alignment.config
+            if alignment.needs_calibration:
+                raise ConfigError(
+                    f"The alignment {config.student} <- {config.teacher} standardises by {config.standardise}, whose "
+                    "statistics come from training: validate a checkpoint of a run, by --ckpt_path."
+                )
+            layers = alignment.tokens(own[config.student], targets[config.teacher])
+            for name, (student, teacher) in zip(alignment.layer_names, layers, strict=True):
+                cast(DomainCosine, collection[name]).update(student, teacher, batch["domain"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics; before the first step they become the initial values."""
+        values: dict[str, Tensor] = {}
+        for alignment, collection in zip(self.comparable_alignments(), self._metrics, strict=True):
+            layers = {name: cast(DomainCosine, collection[name]).compute() for name in alignment.layer_names}
+            for key, value in validation_values(layers).items():
+                values[self._named(key, alignment)] = value
+            collection.reset()
+        if self.trainer.sanity_checking:
+            self._keep_initial(values)
+        else:
+            self.log_dict(values)
+
+    def _keep_initial(self, values: Mapping[str, Tensor]) -> None:
+        # Lightning logs nothing during its sanity check. Where that check covers the whole validation set and the run
+        # is new, its values are the initial ones.
+        is_whole = self.trainer.num_sanity_val_steps >= sum(self.trainer.num_sanity_val_batches)
+        if self.initial_metrics or self.trainer.global_step > 0 or not is_whole:
+            return
+        self.initial_metrics = {key: float(value) for key, value in values.items()}
+        for logger in self.loggers:
+            logger.log_metrics(self.initial_metrics, step=0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the initial validation values beside the weights."""
+        checkpoint["initial_metrics"] = self.initial_metrics
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the initial validation values back."""
+        self.initial_metrics = checkpoint.get("initial_metrics", {})
+
+    @torch.no_grad()
+    def calibrate(self) -> None:
+        """Take the teachers' statistics over the first training batches; does nothing when none are wanted."""
+        wanting = [cast(Alignment, module) for module in self.alignments if cast(Alignment, module).needs_calibration]
+        if not wanting:
+            return
+        statistics = [[FeatureStatistics(dim) for dim in alignment.teacher_dims] for alignment in wanting]
+        for batch in cast(Any, self.trainer).datamodule.calibration_batches(self.calibration_batches):
+            images = batch["images"].to(self.device)
+            for alignment, layers in zip(wanting, statistics, strict=True):
+                name, count = alignment.config.teacher, alignment.config.num_layers
+                targets = self.teachers.forward_hidden_states(images, {name: count})[name]
+                for layer, (_, patches) in zip(layers, targets, strict=True):
+                    layer.update(patches)
+        for alignment, layers in zip(wanting, statistics, strict=True):
+            alignment.calibrate([self._sum_over_ranks(layer) for layer in layers])
+
+    def _sum_over_ranks(self, statistics: FeatureStatistics) -> FeatureStatistics:
+        if self.trainer.world_size == 1:
+            return statistics
+        count, total, outer = statistics.sums()
+        merged = FeatureStatistics(total.shape[0])
+        summed = [
+            cast(Tensor, self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")).cpu()
+            for value in (torch.tensor(count), total, outer)
+        ]
+        merged.merge(int(summed[0]), summed[1], summed[2])
+        return merged
+
+    def _named(self, key: str, alignment: Alignment) -> str:
+        """Put student and teacher into a metric's path where the run has several alignments."""
+        if len(self.alignments) == 1:
+            return key
+        head, tail = key.split("/", 1)
+        return f"{head}/{alignment.config.student}/{alignment.config.teacher}/{tail}"
+
+
+def as_modules(key: str, encoders: Mapping[str, Encoder]) -> dict[str, nn.Module]:
+    """Return encoders as modules.
+
+    Raises:
+        ConfigError: there is none, or one is no `torch.nn.Module`.
+    """
+    if not encoders:
+        raise ConfigError(f"model.{key} is empty; name at least one encoder by class_path.")
+    for name, encoder in encoders.items():
+        if not isinstance(encoder, nn.Module):
+            raise ConfigError(f"model.{key}.{name} is a {type(encoder).__name__}, not a torch.nn.Module.")
+        if "." in name or "/" in name:
+            raise ConfigError(f"model.{key}: the name {name!r} must not contain a dot or a slash.")
+    return cast(dict[str, nn.Module], dict(encoders))
+
+
+def check_names(
+    configs: list[AlignmentConfig], teachers: Mapping[str, Encoder], students: Mapping[str, Encoder]
+) -> None:
+    """Refuse alignments that name nobody, and students and teachers that no alignment names.
+
+    Raises:
+        ConfigError: naming the key and the valid names.
+    """
+    for config in configs:
+        for role, name, known in (("student", config.student, students), ("teacher", config.teacher, teachers)):
+            if name not in known:
+                raise ConfigError(f"model.alignments names the {role} {name!r}; the recipe has {', '.join(known)}.")
+    pairs = [(config.student, config.teacher) for config in configs]
+    if len(set(pairs)) != len(pairs):
+        raise ConfigError("model.alignments names the same student and teacher twice; give each pair once.")
+    idle = sorted((students.keys() | teachers.keys()) - {name for pair in pairs for name in pair})
+    if idle:
+        raise ConfigError(f"No entry of model.alignments names {', '.join(idle)}; add one or remove the encoder.")
+
+
+def validation_values(layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
+    """Flatten `{layer: {domain: {metric: value}}}` to metric paths, with means over layers and over domains.
+
+    Returns:
+        `val/<metric>_<layer>/<domain>`, `val/<metric>/<domain>` (mean over layers) and `val/<metric>` (mean over
+        domains), for the metrics cosine, baseline and skill.
+    """
+    values: dict[str, Tensor] = {}
+    by_domain: dict[str, dict[str, list[Tensor]]] = {}
+    for layer, domains in layers.items():
+        for domain, metrics in domains.items():
+            for metric, value in metrics.items():
+                values[f"val/{metric}_{layer}/{domain}"] = value
+                by_domain.setdefault(metric, {}).setdefault(domain, []).append(value)
+    for metric, domains in by_domain.items():
+        means = {domain: torch.stack(parts).mean() for domain, parts in domains.items()}
+        values |= {f"val/{metric}/{domain}": mean for domain, mean in means.items()}
+        values[f"val/{metric}"] = torch.stack(list(means.values())).mean()
+    return values

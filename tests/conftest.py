@@ -1,0 +1,67 @@
+"""Fixtures every test shares: fixed seeds, restored global state, a tiny encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+
+class TinyEncoder(nn.Module):
+    """The smallest module that offers `distill.encoder.Encoder`: patches, then residual linear blocks."""
+
+    image_mean = (0.5, 0.5, 0.5)
+    image_std = (0.5, 0.5, 0.5)
+
+    def __init__(self, embed_dim: int = 8, depth: int = 3, patch_size: int = 8, num_prefix_tokens: int = 1) -> None:
+        super().__init__()
+        self.embed_dim, self.depth, self.patch_size = embed_dim, depth, patch_size
+        self.num_prefix_tokens = num_prefix_tokens
+        self.layer_dims = (embed_dim,) * depth
+        self.patch = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.prefix = nn.Parameter(torch.zeros(1, num_prefix_tokens, embed_dim))
+        self.blocks = nn.ModuleList(nn.Linear(embed_dim, embed_dim) for _ in range(depth))
+        self.forward_count = 0
+
+    def load_weights(self) -> None:
+        """Weights are there from construction."""
+
+    def forward_hidden_states(self, images: Tensor, num_layers: int) -> list[tuple[Tensor, Tensor]]:
+        self.forward_count += 1
+        scaled = images / 255 if images.dtype == torch.uint8 else images
+        patches = self.patch((scaled - 0.5) / 0.5).permute(0, 2, 3, 1)
+        prefix = self.prefix.expand(len(images), -1, -1) + patches.mean((1, 2)).unsqueeze(1)
+        layers = []
+        for block in self.blocks:
+            patches, prefix = patches + torch.tanh(block(patches)), prefix + torch.tanh(block(prefix))
+            layers.append((prefix, patches))
+        return layers[-num_layers:]
+
+
+@pytest.fixture
+def make_encoder() -> Callable[..., TinyEncoder]:
+    """Return the class of a tiny encoder."""
+    return TinyEncoder
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed_and_restored_state() -> Iterator[None]:
+    """Seed torch before each test and restore what a test may change globally."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def assets() -> Path:
+    """Return the folder of real images and weights, or skip."""
+    if not ASSETS.is_dir():
+        pytest.skip("the folder of real images and weights beside the project is absent")
+    return ASSETS

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill.standardise import FeatureStatistics, Standardiser, equalising_rotation
+
+
+def features(count: int = 4000, dim: int = 12) -> torch.Tensor:
+    scales = torch.logspace(-2, 2, dim)
+    return torch.randn(count, dim) * scales @ torch.linalg.qr(torch.randn(dim, dim))[0] + 5
+
+
+def statistics(x: torch.Tensor) -> FeatureStatistics:
+    stats = FeatureStatistics(x.shape[-1])
+    for part in x.split(700):
+        stats.update(part)
+    return stats
+
+
+@pytest.mark.parametrize("mode", ["mean_std", "phi_s"])
+def test_standardised_features_have_mean_zero_and_variance_one_in_every_channel(mode) -> None:
+    x = features()
+    standardiser = Standardiser(mode, x.shape[1])
+    standardiser.calibrate(statistics(x))
+    y = standardiser(x)
+    assert y.mean(0).abs().max() < 1e-2
+    assert (y.var(0) - 1).abs().max() < 1e-2
+
+
+def test_phi_s_keeps_relative_distances() -> None:
+    x = features()
+    standardiser = Standardiser("phi_s", x.shape[1])
+    standardiser.calibrate(statistics(x))
+    before, after = torch.pdist(x[:50]), torch.pdist(standardiser(x[:50]))
+    ratio = after / before
+    assert ratio.std() / ratio.mean() < 1e-4
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 100])
+def test_the_equalising_rotation_is_orthogonal_and_equalises(dim: int) -> None:
+    eigenvalues = torch.rand(dim) ** 8 * 100
+    rotation = equalising_rotation(eigenvalues)
+    assert torch.allclose(rotation @ rotation.T, torch.eye(dim, dtype=torch.float64), atol=1e-10)
+    diagonal = (rotation @ torch.diag(eigenvalues.double()) @ rotation.T).diagonal()
+    assert torch.allclose(diagonal, diagonal.mean().expand(dim), rtol=1e-9)
+
+
+def test_statistics_from_parts_equal_those_of_the_whole() -> None:
+    x = features()
+    whole = FeatureStatistics(x.shape[1])
+    whole.update(x)
+    merged = FeatureStatistics(x.shape[1])
+    for part in (x[:1000], x[1000:]):
+        merged.merge(*statistics(part).sums())
+    for a, b in zip(whole.mean_and_covariance(), merged.mean_and_covariance(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_an_uncalibrated_standardiser_refuses_to_run() -> None:
+    with pytest.raises(RuntimeError, match="no statistics"):
+        Standardiser("mean_std", 4)(torch.zeros(1, 4))
+
+
+def test_mode_none_changes_nothing_and_holds_nothing() -> None:
+    standardiser = Standardiser("none", 4)
+    x = torch.randn(1, 4)
+    assert standardiser(x) is x
+    assert not standardiser.state_dict()
+    assert not standardiser.needs_calibration
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    stats = FeatureStatistics(2)
+    stats.update(torch.tensor([[1.0, float("nan")], [1.0, 2.0]]))
+    with pytest.raises(ValueError, match="not finite"):
+        stats.mean_and_covariance()
+
+
+def test_a_dead_channel_is_not_blown_up() -> None:
+    x = torch.randn(1000, 3) * torch.tensor([1.0, 1.0, 0.0])
+    standardiser = Standardiser("mean_std", 3)
+    standardiser.calibrate(statistics(x))
+    assert standardiser(x).abs().max() < 10
