@@ -108,10 +108,10 @@ class Alignment(nn.Module):
         layers = pair_last_layers(student, teacher, self.config.num_layers)
         patches = self.tokens(student, teacher)
         for position, ((ours, theirs), (own, target)) in enumerate(zip(layers, patches, strict=True)):
-            value = self.loss(own, target)
+            value = self.loss.compute(own, target)
             prefix = shared_prefix(ours[0], theirs[0]) if self.config.prefix_weight > 0 else None
             if prefix is not None:
-                prefix_loss = self.loss(*self._project(position, *prefix))
+                prefix_loss = self.loss.compute(*self._project(position, *prefix))
                 value = (1 - self.config.prefix_weight) * value + self.config.prefix_weight * prefix_loss
             values[f"loss/{self.layer_names[position]}"] = value
         weighted = [weight * value for weight, value in zip(self.layer_weights, values.values(), strict=True)]

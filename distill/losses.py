@@ -20,14 +20,17 @@ NORM_EPS = 1e-8
 
 
 class Loss(Protocol):
-    """A loss over tokens, named in a recipe by `class_path`."""
+    """A loss over tokens, named in a recipe by `class_path`.
+
+    The method has a name of its own because jsonargparse takes a protocol with `__call__` for a plain callable.
+    """
 
     @property
     def needs_head(self) -> bool:
         """Whether student and teacher tokens must have the same width."""
         ...
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return a float32 scalar for `student [B, N, D]` and `teacher [B, N, D]`."""
         ...
 
@@ -86,7 +89,7 @@ class NegativeCosine:
 
     needs_head = True
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return `negative_cosine(student, teacher)`."""
         return negative_cosine(student, teacher)
 
@@ -103,7 +106,7 @@ class SmoothL1:
     def __init__(self, beta: float = 1.0) -> None:
         self.beta = beta
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return `smooth_l1(student, teacher, beta)`."""
         return smooth_l1(student, teacher, self.beta)
 
@@ -113,7 +116,7 @@ class MSE:
 
     needs_head = True
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return `mse(student, teacher)`."""
         return mse(student, teacher)
 
@@ -123,7 +126,7 @@ class TokenGram:
 
     needs_head = False
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return `token_gram(student, teacher)`."""
         return token_gram(student, teacher)
 
@@ -146,7 +149,7 @@ class WeightedSum:
         self.weights = weights
         self.needs_head = any(term.needs_head for term in terms)
 
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the sum of `weights[i] * terms[i](student, teacher)`."""
-        parts = [weight * term(student, teacher) for weight, term in zip(self.weights, self.terms, strict=True)]
+        parts = [weight * term.compute(student, teacher) for weight, term in zip(self.weights, self.terms, strict=True)]
         return torch.stack(parts).sum()

@@ -51,9 +51,10 @@ class DistillationTask(LightningModule):
     ) -> None:
         super().__init__()
         configs = alignments or [AlignmentConfig(own, other) for own in students for other in teachers]
+        teacher_modules, student_modules = as_modules("teachers", teachers), as_modules("students", students)
         check_names(configs, teachers, students)
-        self.teachers = FrozenTeachers(as_modules("teachers", teachers), teacher_micro_batch)
-        self.students = nn.ModuleDict(as_modules("students", students))
+        self.teachers = FrozenTeachers(teacher_modules, teacher_micro_batch)
+        self.students = nn.ModuleDict(student_modules)
         self.alignments = nn.ModuleList(
             Alignment(config, students[config.student], teachers[config.teacher]) for config in configs
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -140,5 +141,5 @@ def run(words: list[str]) -> None:
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_kwargs={name: {"default_env": False} for name in ("fit", "validate")},
-        args=words,
+        args=None if words == sys.argv[1:] else words,  # Lightning warns when given what it would read itself
     )

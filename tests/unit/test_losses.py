@@ -102,7 +102,7 @@ def test_bfloat16_inputs_under_autocast_give_the_float32_loss_within_rounding(lo
 
 def test_a_weighted_sum_adds_its_terms() -> None:
     x, y = tokens(seed=1), tokens(seed=2)
-    value = WeightedSum([NegativeCosine(), SmoothL1()], [0.9, 0.1])(x, y)
+    value = WeightedSum([NegativeCosine(), SmoothL1()], [0.9, 0.1]).compute(x, y)
     assert torch.allclose(value, 0.9 * negative_cosine(x, y) + 0.1 * smooth_l1(x, y))
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -38,7 +40,7 @@ def test_the_schedule_rises_to_the_peak_and_falls_to_the_final_fraction() -> Non
     assert values[0] == pytest.approx(0.1)
     assert max(values) == values[10] == pytest.approx(1.0)
     assert values[100] == pytest.approx(0.02)
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_scheduler_and_optimizer_step_together() -> None:

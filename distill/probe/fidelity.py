@@ -1,0 +1,213 @@
+"""Fidelity: how much of the teacher's features can be read from an encoder's, by a linear map, on unseen images.
+
+Two figures, neither of which needs labels:
+
+* `cosine_centred`: patch tokens of the encoder are mapped to the teacher's by closed-form ridge regression (fitted on
+  the fit split, strength chosen on the select split) and compared on the test split. Patch tokens, because they are
+  what a VLM's connector consumes. Both sides are centred by their domain's mean over the fit split, so the trivial
+  prediction, the mean teacher feature, scores 0 by construction, and merely knowing the domain earns nothing. 1 means
+  that the teacher's tokens are a linear function of the encoder's.
+* `debiased_cka`: linear CKA of the pooled features, in the debiased form. The plain form tends to 1 whenever there are
+  fewer images than channels, whatever the features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.probe.intervals import Z95, FloatArray
+from distill.probe.protocol import IntArray, Split
+
+RIDGE_STRENGTHS = tuple(10.0**power for power in range(-7, 3))
+"""Relative to the mean eigenvalue of the features' second-moment matrix."""
+
+MIN_CKA_IMAGES = 4
+"""The debiased estimator divides by n(n - 3)."""
+
+MAX_JACKKNIFE_BLOCKS = 50
+MIN_JACKKNIFE_BLOCKS = 5
+
+_CHUNK_TOKENS = 16_384  # rows held in float64 at a time
+
+
+@dataclass(frozen=True)
+class CosineResult:
+    """Fidelity on the test split.
+
+    Attributes:
+        per_image: `[n_test]`, float64, mean centred cosine over the image's tokens, in the order of the test part;
+            NaN for images of a domain that the fit split lacks.
+        strength: the chosen ridge strength, relative as in `RIDGE_STRENGTHS`.
+    """
+
+    per_image: FloatArray
+    strength: float
+
+
+class RidgePath:
+    """Ridge regressions of `targets` on `features` for every strength, from one eigendecomposition.
+
+    Args:
+        features: `[n, D]`, centred.
+        targets: `[n, E]`, centred.
+    """
+
+    def __init__(self, features: Tensor, targets: Tensor) -> None:
+        gram = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        cross = torch.zeros(features.shape[1], targets.shape[1], dtype=torch.float64)
+        for x, y in zip(features.split(_CHUNK_TOKENS), targets.split(_CHUNK_TOKENS), strict=True):
+            x64 = x.to(torch.float64)
+            gram += x64.T @ x64
+            cross += x64.T @ y.to(torch.float64)
+        self._eigenvalues, self._basis = torch.linalg.eigh(gram)
+        self._eigenvalues = self._eigenvalues.clamp_min(0)
+        self._cross = self._basis.T @ cross
+
+    def weight(self, strength: float) -> Tensor:
+        """Return the map `[D, E]`, float64, that minimises `|XW - Y|^2 + strength * mean eigenvalue * |W|^2`."""
+        scale = self._eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        return self._basis @ (self._cross / (self._eigenvalues + strength * scale)[:, None])
+
+
+def cosine_centred(student: Tensor, teacher: Tensor, domains: IntArray, split: Split) -> CosineResult:
+    """Map the encoder's tokens to the teacher's by ridge regression and compare them on the test split.
+
+    Args:
+        student: `[N, T, D]`, tokens of the encoder that is judged.
+        teacher: `[N, T, E]`, the teacher's tokens at the same places of the same images.
+        domains: `[N]`, domain number of each image.
+        split: positions of fit, select and test images.
+
+    Raises:
+        ValueError: the images or tokens of the two do not match.
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise ValueError(f"tokens {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])} must be of the same images")
+    x, y = _centre(student, domains, split.fit), _centre(teacher, domains, split.fit)
+    std = x[torch.from_numpy(split.fit)].flatten(0, 1).std(0, correction=0)
+    x = x / torch.where(std > torch.finfo(torch.float32).eps, std, torch.ones_like(std))
+    known = np.isin(domains, domains[split.fit])
+    fit, test = torch.from_numpy(split.fit), torch.from_numpy(split.test)
+    path = RidgePath(x[fit].flatten(0, 1), y[fit].flatten(0, 1))
+    seen = torch.from_numpy(split.select[known[split.select]])
+    scores = {
+        strength: float(_token_cosine(x[seen], y[seen], path.weight(strength)).mean()) for strength in RIDGE_STRENGTHS
+    }
+    # max() keeps the first of equals; reversed, a tie goes to the stronger regularisation.
+    best = max(reversed(RIDGE_STRENGTHS), key=scores.__getitem__) if len(seen) else RIDGE_STRENGTHS[-1]
+    per_image = _token_cosine(x[test], y[test], path.weight(best)).numpy().copy()
+    per_image[~known[split.test]] = np.nan
+    return CosineResult(per_image, best)
+
+
+def _centre(tokens: Tensor, domains: IntArray, fit: IntArray) -> Tensor:
+    """Subtract from each image's tokens its domain's mean token over the fit split."""
+    centred = tokens.clone()
+    for domain in np.unique(domains).tolist():
+        members = fit[domains[fit] == domain]
+        if len(members):
+            at = torch.from_numpy(np.flatnonzero(domains == domain))
+            mean = tokens[torch.from_numpy(members)].to(torch.float64).mean((0, 1))
+            centred[at] -= mean.to(tokens.dtype)
+    return centred
+
+
+def _token_cosine(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Mean cosine over tokens of each image `[n]`, float64; a zero vector has cosine 0."""
+    per_chunk = max(1, _CHUNK_TOKENS // max(1, x.shape[1]))
+    means = [
+        F.cosine_similarity(a.to(torch.float64) @ weight, b.to(torch.float64), dim=-1, eps=1e-12).mean(1)
+        for a, b in zip(x.split(per_chunk), y.split(per_chunk), strict=True)
+    ]
+    return torch.cat(means)
+
+
+@dataclass(frozen=True)
+class CkaResult:
+    """Debiased linear CKA with a 95 % interval.
+
+    Attributes:
+        value: the estimate on all images.
+        low: lower end of the interval; None when there are too few groups for one.
+        high: upper end.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+def debiased_cka(a: Tensor, b: Tensor, groups: IntArray | None = None) -> CkaResult | None:
+    """Linear CKA `[-1, 1]` with the unbiased HSIC estimator; 0 in expectation for independent features.
+
+    Sources: Kornblith et al. 2019 (arXiv 1905.00414) for CKA, Song et al. 2012 (JMLR 13:1393, equation 5) for the
+    estimator, Nguyen et al. 2020 (arXiv 2010.15327) for the two together. Computed in float64. Unchanged by rotation,
+    translation and uniform scaling of either side; not by a general linear map.
+
+    The interval is a jackknife that leaves out whole groups, up to 50 blocks of them. A bootstrap would not do: an
+    image that is drawn twice is similar to itself, which is what the debiased form leaves out.
+
+    Args:
+        a: `[n, D]`, pooled features.
+        b: `[n, E]`, pooled features of the same images.
+        groups: `[n]`, the group of each image; None means that images are independent.
+
+    Returns:
+        The value, or None when there are fewer than four images or a side does not vary.
+
+    Raises:
+        ValueError: the numbers of images differ.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} images: CKA compares features of the same images")
+    if len(a) < MIN_CKA_IMAGES:
+        return None
+    ids = np.arange(len(a)) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
+    num_blocks = min(int(ids.max()) + 1, MAX_JACKKNIFE_BLOCKS)
+    blocks = [np.flatnonzero(ids % num_blocks == block) for block in range(num_blocks)]
+    values = _leave_out_cka(_centred_gram(a), _centred_gram(b), [np.empty(0, dtype=np.int64), *blocks])
+    value, left_out = float(values[0]), values[1:]
+    if np.isnan(value):
+        return None
+    if num_blocks < MIN_JACKKNIFE_BLOCKS or np.isnan(left_out).any():
+        return CkaResult(value, None, None)
+    half = Z95 * float(np.std(left_out) * np.sqrt(num_blocks - 1))
+    return CkaResult(value, max(-1.0, value - half), min(1.0, value + half))
+
+
+def _leave_out_cka(gram_a: FloatArray, gram_b: FloatArray, blocks: Sequence[IntArray]) -> FloatArray:
+    """CKA `[len(blocks)]` of all images but each block's; NaN where too few are left or a side does not vary."""
+    own_a, own_b = _leave_out_hsic(gram_a, gram_a, blocks), _leave_out_hsic(gram_b, gram_b, blocks)
+    varies = (own_a > 0) & (own_b > 0)
+    scale = np.sqrt(np.where(varies, own_a * own_b, np.nan))
+    return np.clip(_leave_out_hsic(gram_a, gram_b, blocks) / scale, -1.0, 1.0)
+
+
+def _centred_gram(features: Tensor) -> FloatArray:
+    """Gram matrix `[n, n]` with a zero diagonal; centring changes no result and keeps the sums small."""
+    x = features.to(torch.float64)
+    x = x - x.mean(0)
+    x = x / x.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return (x @ x.T).fill_diagonal_(0).numpy()
+
+
+def _leave_out_hsic(k: FloatArray, m: FloatArray, blocks: Sequence[IntArray]) -> FloatArray:
+    """Unbiased HSIC `[len(blocks)]` of all images but each block's, in O(n^2) for all blocks together."""
+    product = k * m
+    total, k_rows, m_rows = product.sum(), k.sum(0), m.sum(0)
+    values = np.full(len(blocks), np.nan)
+    for at, block in enumerate(blocks):
+        n = len(k) - len(block)
+        if n < MIN_CKA_IMAGES:
+            continue
+        trace = total - 2 * product[block].sum() + product[np.ix_(block, block)].sum()
+        left_k, left_m = np.delete(k_rows - k[block].sum(0), block), np.delete(m_rows - m[block].sum(0), block)
+        sums = left_k.sum() * left_m.sum() / ((n - 1) * (n - 2))
+        values[at] = (trace + sums - 2.0 / (n - 2) * (left_k @ left_m)) / (n * (n - 3))
+    return values

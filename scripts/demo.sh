@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The main job on the embedded default: draw images, distil, export, probe, report. CPU only; after installing, nothing
+# comes from the network. Everything lands in runs/demo (or the folder given as first argument).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+make_environment .venv demo,export,report
+export HF_HUB_OFFLINE=1
+
+run=${1:-runs/demo}
+images=$run/images
+start=$SECONDS
+step() { printf '\n[%4d s] %s\n' "$((SECONDS - start))" "$1"; }
+
+step "Drawing labelled images of four domains"
+distill synthesize "$images/train" --split train --images_per_domain 320
+distill synthesize "$images/heldout" --split heldout --images_per_domain 200
+
+step "Distilling EfficientNet-Lite0 into a small ViT at 448 px"
+distill fit --config configs/demo.yaml --trainer.default_root_dir "$run" \
+    --data.train "$images/train" --data.val "$images/heldout"
+
+step "Exporting the student; each export is loaded by its consumer in a fresh process and compared"
+distill export "$run" --format all --overwrite true
+
+step "Probing the student beside its initialisation and its teacher, on the held-out images"
+distill probe "$run" --data "$images/heldout"
+
+step "Writing the report"
+distill report "$run"
+
+step "Done. Open $run/report.html, or use the export:"
+cat <<EOF
+
+    import timm
+    encoder = timm.create_model("local-dir:$run/exports/timm", pretrained=True)
+
+Next: validate the run again, or distil longer with the same recipe.
+
+    .venv/bin/distill validate --config $run/config.yaml --ckpt_path $run/checkpoints/last.ckpt
+    .venv/bin/distill fit --config configs/demo.yaml --trainer.max_epochs 20 --trainer.default_root_dir runs/longer
+EOF

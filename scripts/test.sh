@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs the tests on the CPU, in .venv (made on the first call). Arguments go to pytest: scripts/test.sh -m "not slow"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+make_environment "${VENV:-.venv}" demo,dev,export,report
+exec python -m pytest -m "not gpu and not network" "$@"

@@ -1,0 +1,159 @@
+"""The main job through the command line: draw, distil, validate, export, probe, report, at toy size."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+pytestmark = pytest.mark.slow
+
+TEACHER = {
+    "class_path": "teachers.TimmTeacher",
+    "init_args": {"model_name": "resnet10t", "weights": "random", "dtype": "float32"},
+}
+STUDENT = {
+    "class_path": "students.InternViT",
+    "init_args": {
+        "weights": "random",
+        "img_size": 64,
+        "patch_size": 16,
+        "embed_dim": 32,
+        "depth": 3,
+        "num_heads": 2,
+    },
+}
+
+
+def distill(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "distill", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    if check:
+        assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("main_job")
+    for split, count in (("train", "24"), ("heldout", "80")):
+        words = ["--split", split, "--images_per_domain", count, "--img_size_px", "64", "--num_workers", "1"]
+        distill("synthesize", str(folder / split), *words)
+    settings = {
+        "seed_everything": 0,
+        "trainer": {
+            "default_root_dir": str(folder / "run"),
+            "accelerator": "cpu",
+            "max_epochs": 2,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+        "model": {
+            "teachers": {"resnet": TEACHER},
+            "students": {"vit": STUDENT},
+            "alignments": [{"student": "vit", "teacher": "resnet", "num_layers": 2, "standardise": "mean_std"}],
+            "calibration_batches": 2,
+            "optimizer": {"lr_student": 0.001, "lr_heads": 0.01},
+        },
+        "data": {
+            "train": str(folder / "train"),
+            "val": str(folder / "heldout"),
+            "img_size_px": 64,
+            "global_batch_size": 16,
+            "num_workers": 0,
+        },
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(recipe: Path) -> Path:
+    distill("fit", "--config", str(recipe))
+    return recipe.parent / "run"
+
+
+def test_fit_leaves_recipe_checkpoint_initial_weights_and_metrics(run: Path) -> None:
+    assert {"config.yaml", "metrics.csv", "checkpoints", "initial", "tensorboard"} <= {f.name for f in run.iterdir()}
+    with (run / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    first = next(row for row in rows if row.get("val/skill"))
+    last = [row for row in rows if row.get("val/skill")][-1]
+    assert first["step"] == "0"
+    assert float(last["val/skill"]) > float(first["val/skill"])
+    for domain in ("natural", "ocr", "chart", "multidisciplinary"):
+        for column in (f"val/cosine/{domain}", f"val/cosine_layer_-1/{domain}", f"val/baseline/{domain}"):
+            assert last[column]
+
+
+def test_the_checkpoint_holds_no_teacher_tensor(run: Path) -> None:
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert state
+    assert {key.split(".")[0] for key in state} == {"students", "alignments"}
+
+
+def test_validate_repeats_the_last_values_from_the_checkpoint(run: Path, recipe: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    ckpt = str(run / "checkpoints" / "last.ckpt")
+    other = str(recipe.parent / "validation")
+    words = ["--config", str(recipe), "--ckpt_path", ckpt, "--trainer.default_root_dir", other]
+    out = distill("validate", *words).stdout
+    assert "val/skill" in out
+    with (run / "metrics.csv").open() as stream:
+        last = [row for row in csv.DictReader(stream) if row.get("val/skill")][-1]
+    with (Path(other) / "metrics.csv").open() as stream:
+        again = next(csv.DictReader(stream))
+    assert float(again["val/skill"]) == pytest.approx(float(last["val/skill"]), abs=1e-5)
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_second_fit_in_the_same_folder_resumes_from_its_checkpoint(run: Path, recipe: Path) -> None:
+    other = recipe.parent / "resumed"
+    ckpt = str(run / "checkpoints" / "last.ckpt")
+    words = ["--config", str(recipe), "--trainer.default_root_dir", str(other), "--trainer.max_epochs", "3"]
+    distill("fit", *words, "--ckpt_path", ckpt)
+    state = torch.load(other / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 18
+    assert state["initial_metrics"] == torch.load(ckpt, weights_only=True)["initial_metrics"]
+
+
+def test_export_probe_and_report_follow(run: Path, recipe: Path) -> None:
+    distill("export", str(run), "--format", "all")
+    exports = {folder.name for folder in (run / "exports").iterdir()}
+    assert {"internvl-hf", "timm"} <= exports
+    distill("probe", str(run), "--data", str(recipe.parent / "heldout"), "--img_size_px", "64")
+    result = json.loads((run / "probe.json").read_text())
+    assert [encoder["role"] for encoder in result["encoders"]] == ["initial", "student", "teacher"]
+    assert set(result["data"]["domains"]) == {"natural", "ocr", "chart", "multidisciplinary"}
+    distill("report", str(run))
+    page = (run / "report.html").read_text()
+    assert "data:image/" in page
+    assert "http" not in page.split("<style", 1)[1].split("</style>", 1)[0]
+    assert list((run / "figures").glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.weights", "{natural: 1.0, maps: 1.0}"], "maps"),
+        (["--data.img_size_px", "60"], "patch"),
+        (["--data.train", "nowhere-*.tar"], "nowhere-"),
+        (["--model.alignments", "[{student: vit, teacher: resnet, num_layers: 9}]"], "num_layers 9"),
+        (["--model.teachers.resnet.init_args.weights", "gone.safetensors"], "gone.safetensors"),
+    ],
+)
+def test_bad_input_is_one_clear_error_without_a_traceback(recipe: Path, words: list[str], message: str) -> None:
+    other = str(recipe.parent / "never")
+    result = distill("fit", "--config", str(recipe), "--trainer.default_root_dir", other, *words, check=False)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (recipe.parent / "never" / "checkpoints").exists()

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import copy
+import csv
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from distill.alignment import AlignmentConfig
+from distill.callbacks.checkpoint_io import AtomicCheckpointIO
+from distill.callbacks.initial_weights import SaveInitialWeights
+from distill.callbacks.throughput import Throughput
+from distill.checkpoint import assign_strictly, read_checkpoint
+from distill.errors import ConfigError, WeightsError
+from distill.optim import OptimConfig
+from distill.task import DistillationTask
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+class RandomImages(LightningDataModule):
+    domains = ("natural", "ocr")
+
+    def __init__(self, count: int = 16, batch: int = 4) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        self.samples = [{"images": image, "domain": torch.tensor(i % 2)} for i, image in enumerate(images)]
+        self.batch = batch
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.samples, self.batch)
+
+    val_dataloader = train_dataloader
+
+    def calibration_batches(self, count: int):
+        return [batch for _, batch in zip(range(count), self.train_dataloader(), strict=False)]
+
+
+def task(make_encoder, **changes) -> DistillationTask:
+    torch.manual_seed(3)
+    arguments = {
+        "teachers": {"big": make_encoder(20)},
+        "students": {"small": make_encoder(8)},
+        "alignments": [AlignmentConfig("small", "big", num_layers=2)],
+        "optimizer": OptimConfig(lr_student=1e-2, lr_heads=1e-2),
+    }
+    return DistillationTask(**(arguments | changes))
+
+
+def fit(module: DistillationTask, folder: Path, steps: int = 8, callbacks=(), **arguments) -> Trainer:
+    trainer = Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=CSVLogger(folder, name="", version=""),
+        callbacks=[
+            ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False),
+            SaveInitialWeights(),
+            Throughput(every_n_steps=2),
+            *callbacks,
+        ],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=-1,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, datamodule=RandomImages(), **arguments)
+    return trainer
+
+
+def test_training_lowers_the_loss_and_raises_the_validation_skill(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    trainer = fit(module, tmp_path, steps=40)
+    assert module.initial_metrics["val/cosine"] < trainer.callback_metrics["val/cosine"].item() - 0.2
+    with (tmp_path / "metrics.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    losses = [float(row["loss/total"]) for row in rows if row["loss/total"]]
+    assert losses[-1] < losses[0] - 0.2
+    initial = next(row for row in rows if row["val/cosine/natural"])
+    assert initial["step"] == "0"
+    assert float(initial["val/cosine/natural"]) == pytest.approx(module.initial_metrics["val/cosine/natural"])
+    for column in (
+        "val/cosine_layer_-1/ocr",
+        "val/baseline/ocr",
+        "val/skill",
+        "loss/layer_-2",
+        "throughput/images_per_s",
+    ):
+        assert any(row.get(column) for row in rows), column
+
+
+def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_registry(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    trainer = fit(module, tmp_path)
+    teacher = module.teachers["big"]
+    teacher_ids = {id(p) for p in teacher.parameters()}
+    assert not teacher_ids & {id(p) for p in module.parameters()}
+    assert not teacher_ids & {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {key.split(".")[0] for key in state} == {"students", "alignments"}
+    assert copy.deepcopy(module).teachers is module.teachers
+
+
+def test_the_teacher_stays_frozen_in_eval_and_unchanged(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    before = {key: value.clone() for key, value in module.teachers["big"].state_dict().items()}
+    fit(module, tmp_path)
+    teacher = module.teachers["big"]
+    assert not teacher.training
+    assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+def test_an_ema_callback_neither_copies_nor_saves_the_teacher(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    ema = EMAWeightAveraging(decay=0.9)
+    fit(module, tmp_path, callbacks=[ema])
+    averaged = ema._average_model.module
+    assert averaged.teachers is module.teachers
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert not [key for key in state if "teacher" in key]
+
+
+def test_a_checkpoint_that_lacks_one_student_tensor_is_refused(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    fit(module, tmp_path)
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["state_dict"]["students.small.blocks.1.bias"]
+    torch.save(checkpoint, file)
+    with pytest.raises(RuntimeError, match=r"students\.small\.blocks\.1\.bias"):
+        fit(task(make_encoder), tmp_path / "again", ckpt_path=file)
+    state = {k.removeprefix("students.small."): v for k, v in checkpoint["state_dict"].items() if "students" in k}
+    with pytest.raises(WeightsError, match=r"1 missing \(first: blocks\.1\.bias\)"):
+        assign_strictly(make_encoder(8), state, file)
+
+
+def test_the_initial_student_is_kept(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    before = {key: value.clone() for key, value in module.students["small"].state_dict().items()}
+    fit(module, tmp_path)
+    from safetensors.torch import load_file
+
+    kept = load_file(tmp_path / "initial" / "small.safetensors")
+    assert all(torch.equal(before[key], value) for key, value in kept.items())
+    assert not all(torch.equal(kept[key], value) for key, value in module.students["small"].state_dict().items())
+
+
+def test_a_teacher_is_run_once_a_batch_however_many_students_learn_from_it(make_encoder) -> None:
+    module = task(
+        make_encoder,
+        students={"a": make_encoder(8), "b": make_encoder(4)},
+        alignments=[AlignmentConfig("a", "big", num_layers=2), AlignmentConfig("b", "big", num_layers=3)],
+    )
+    values = module._step({"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)})
+    assert module.teachers["big"].forward_count == 1
+    assert "loss/a/big/layer_-2" in values
+    assert "loss/b/big/layer_-3" in values
+
+
+def test_micro_batches_change_nothing_but_memory(make_encoder) -> None:
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    whole, parts = task(make_encoder), task(make_encoder, teacher_micro_batch=2)
+    for (p, q), (r, s) in zip(
+        whole.teachers.forward_hidden_states(images, {"big": 2})["big"],
+        parts.teachers.forward_hidden_states(images, {"big": 2})["big"],
+        strict=True,
+    ):
+        assert torch.allclose(p, r, atol=1e-6)
+        assert torch.allclose(q, s, atol=1e-6)
+
+
+def test_standardisers_are_calibrated_before_the_first_step_and_saved(make_encoder, tmp_path: Path) -> None:
+    from distill.losses import MSE
+
+    alignment = AlignmentConfig("small", "big", num_layers=2, loss=MSE(), standardise="mean_std")
+    module = task(make_encoder, alignments=[alignment])
+    fit(module, tmp_path, steps=2)
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert bool(state["alignments.0.standardisers.1.is_calibrated"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alignments": [AlignmentConfig("nobody", "big")]}, "student 'nobody'; the recipe has small"),
+        ({"alignments": [AlignmentConfig("small", "x")]}, "teacher 'x'; the recipe has big"),
+        ({"teachers": {}}, "teachers is empty"),
+        ({"teachers": {"big": object()}}, "not a torch.nn.Module"),
+    ],
+)
+def test_a_recipe_that_names_nobody_is_refused(make_encoder, changes, message) -> None:
+    with pytest.raises((ConfigError, ValueError), match=message):
+        task(make_encoder, **changes)
+
+
+def test_an_encoder_nobody_uses_is_refused(make_encoder) -> None:
+    with pytest.raises(ConfigError, match="No entry of model.alignments names idle"):
+        task(make_encoder, teachers={"big": make_encoder(20), "idle": make_encoder(4)})
+
+
+def test_missing_weights_are_named_and_nothing_is_trained(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+
+    def missing() -> None:
+        raise FileNotFoundError("weights/model.safetensors is missing. Download it.")
+
+    module.teachers["big"].load_weights = missing
+    with warnings.catch_warnings(), pytest.raises(WeightsError, match=r"teacher 'big'.*weights/model\.safetensors"):
+        warnings.simplefilter("ignore")
+        fit(module, tmp_path)
+
+
+def test_a_full_disk_is_named_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, path = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"state_dict": {"a": torch.ones(2)}}, path)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(WeightsError, match="No space left on device"):
+        io.save_checkpoint({"state_dict": {"a": torch.zeros(2)}}, path)
+    assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.ones(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_modules_registered_are_students_and_alignments_only(make_encoder) -> None:
+    names = {name for name, _ in task(make_encoder).named_children()}
+    assert names == {"students", "alignments"}
+    assert isinstance(task(make_encoder).students, nn.ModuleDict)
