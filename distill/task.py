@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from distill.alignment import Alignment, AlignmentConfig
+from distill.cache.memory import HiddenStateMemory
 from distill.checkpoint import read_weights
 from distill.encoder import Encoder, Layer
 from distill.errors import ConfigError
@@ -33,6 +34,8 @@ class DistillationTask(LightningModule):
         alignments: who learns from whom and how; null means every student from every teacher with the defaults.
         optimizer: learning rates, weight decay and schedule.
         teacher_micro_batch: images a teacher sees at a time; null means the whole batch.
+        teacher_cache_gib: memory, in GiB a process, for the teachers' hidden states of images already seen; 0 keeps
+            none. Needs fixed views: data.augment.reencode none and no crops or flips.
         calibration_batches: training batches from which the statistics of standardised targets are taken before the
             first step; used only where an alignment standardises.
 
@@ -47,6 +50,7 @@ class DistillationTask(LightningModule):
         alignments: list[AlignmentConfig] | None = None,
         optimizer: OptimConfig | None = None,
         teacher_micro_batch: int | None = None,
+        teacher_cache_gib: float = 0.0,
         calibration_batches: int = 16,
     ) -> None:
         super().__init__()
@@ -60,6 +64,7 @@ class DistillationTask(LightningModule):
         )
         self.optimizer_config = optimizer or OptimConfig()
         self.calibration_batches = calibration_batches
+        self.memory = HiddenStateMemory(int(teacher_cache_gib * 2**30))
         self.initial_metrics: dict[str, float] = {}
         self._has_weights = False
         self._metrics: list[MetricCollection] = []
@@ -86,8 +91,18 @@ class DistillationTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def setup(self, stage: str) -> None:
-        """Make one set of validation metrics for each alignment that can report a cosine."""
-        domains = cast(Any, self.trainer).datamodule.domains
+        """Make one set of validation metrics for each alignment that can report a cosine.
+
+        Raises:
+            ConfigError: teacher states are to be remembered although the training views change.
+        """
+        data = cast(Any, self.trainer).datamodule
+        if stage == "fit" and self.memory.limit_bytes and not data.has_fixed_views:
+            raise ConfigError(
+                "model.teacher_cache_gib remembers what the teacher said about an image, but data.augment changes the "
+                "image each time; set data.augment to {reencode: none}, or teacher_cache_gib to 0."
+            )
+        domains = data.domains
         self._metrics = [
             MetricCollection(
                 {name: DomainCosine(domains, dim) for name, dim in zip(a.layer_names, a.teacher_dims, strict=True)},
@@ -112,14 +127,19 @@ class DistillationTask(LightningModule):
         for collection in self._metrics:
             collection.to(self.device)
 
-    def hidden_states(self, images: Tensor) -> tuple[dict[str, list[Layer]], dict[str, list[Layer]]]:
+    def hidden_states(
+        self, batch: Batch, split: Literal["train", "val"]
+    ) -> tuple[dict[str, list[Layer]], dict[str, list[Layer]]]:
         """Return the hidden states of every teacher and of every student, as many as their alignments need."""
+        images: Tensor = batch["images"]
         configs = [cast(Alignment, module).config for module in self.alignments]
         teacher_layers, student_layers = dict[str, int](), dict[str, int]()
         for config in configs:
             teacher_layers[config.teacher] = max(config.num_layers, teacher_layers.get(config.teacher, 0))
             student_layers[config.student] = max(config.num_layers, student_layers.get(config.student, 0))
-        targets = self.teachers.forward_hidden_states(images, teacher_layers)
+        targets = self.memory.fetch(
+            split, batch["row"], images, lambda part: self.teachers.forward_hidden_states(part, teacher_layers)
+        )
         own = {
             name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
             for name, count in student_layers.items()
@@ -128,7 +148,7 @@ class DistillationTask(LightningModule):
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the total loss and its parts for one batch, without logging."""
-        targets, own = self.hidden_states(batch["images"])
+        targets, own = self.hidden_states(batch, "train")
         values: dict[str, Tensor] = {}
         parts: list[Tensor] = []
         for module in self.alignments:
@@ -147,7 +167,7 @@ class DistillationTask(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect each layer's cosine by domain."""
-        targets, own = self.hidden_states(batch["images"])
+        targets, own = self.hidden_states(batch, "val")
         for alignment, collection in zip(self.comparable_alignments(), self._metrics, strict=True):
             config = alignment.config
             if alignment.needs_calibration:

@@ -18,3 +18,6 @@ make_environment() {
     PATH="$PWD/$folder/bin:$PATH"
     export PATH
 }
+
+# Threads that wait spin by default; on a machine with few, busy cores that costs several times the work itself.
+export OMP_WAIT_POLICY=PASSIVE

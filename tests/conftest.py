@@ -51,11 +51,15 @@ def make_encoder() -> Callable[..., TinyEncoder]:
 
 @pytest.fixture(autouse=True)
 def fixed_seed_and_restored_state() -> Iterator[None]:
-    """Seed torch before each test and restore what a test may change globally."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    """Seed torch before each test and restore what a test may change globally.
+
+    One thread: the models are tiny, and threads that spin for a busy core make them many times slower.
+    """
+    dtype = torch.get_default_dtype()
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     torch.set_default_dtype(dtype)
 
 

@@ -19,7 +19,7 @@ from distill.data.loader import StartMethod, build_loader
 from distill.data.plan import SamplePlan
 from distill.data.position import PlanPosition
 from distill.data.samplers import EvenSampler, PlanSampler
-from distill.data.transforms import Augmentation
+from distill.data.transforms import NO_AUGMENTATION, Augmentation
 from distill.errors import ConfigError
 
 Shards = str | dict[str, str | list[str]]
@@ -126,6 +126,11 @@ class ShardDataModule(LightningDataModule):
         return self.train_index.fingerprint
 
     @property
+    def has_fixed_views(self) -> bool:
+        """Whether a training image looks the same each time it is seen."""
+        return self.augment == NO_AUGMENTATION
+
+    @property
     def consumed(self) -> int:
         """Plan positions that the optimiser has gone through, over all ranks: what decides where training goes on.
 
@@ -180,7 +185,8 @@ class ShardDataModule(LightningDataModule):
         Raises:
             ConfigError: the global batch cannot be shared by the devices, or an epoch is shorter than one batch.
         """
-        return self._train_loader(_TrainSampler(self, *self._sampler_arguments(), **self._place()))
+        sampler = PlanSampler(*self._sampler_arguments(), start=lambda: self.consumed, **self._place())
+        return self._train_loader(sampler)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Return this rank's part of the validation images: each image once over all ranks, in order."""
@@ -299,15 +305,3 @@ class ShardDataModule(LightningDataModule):
             )
         self._consumed_at_start = saved.consumed - saved.within_step
         self._step_at_start = saved.global_step
-
-
-class _TrainSampler(PlanSampler):
-    """A plan sampler that starts each pass where training stands."""
-
-    def __init__(self, module: ShardDataModule, num_samples: int, batch_size: int, *, rank: int, world_size: int):
-        super().__init__(num_samples, batch_size, rank=rank, world_size=world_size)
-        self.module = module
-
-    def __iter__(self) -> Iterator[list[int]]:
-        self.start = self.module.consumed
-        return super().__iter__()

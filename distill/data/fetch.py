@@ -14,8 +14,9 @@ from distill.data.decode import decode_image
 from distill.data.image_header import ImageError
 from distill.data.index import DatasetIndex
 from distill.data.plan import SamplePlan
+from distill.data.randomness import AUGMENT_STREAM, generator_for
 from distill.data.shard_reader import ShardReader
-from distill.data.transforms import AUGMENT_STREAM, NO_AUGMENTATION, Augmentation, augment, generator_for, square_view
+from distill.data.transforms import NO_AUGMENTATION, Augmentation, augment, square_view
 from distill.errors import ConfigError, DataError
 
 Batch = dict[str, Any]

@@ -199,7 +199,9 @@ def join(domains: Sequence[str], paths: Sequence[Path], parts: Sequence[ShardInd
 def _sorted_names(parts: Sequence[ShardIndex], field: str) -> tuple[str, ...]:
     """Sort names, numbers among them by value: class 2 comes before class 10."""
     names = {name for part in parts for name in getattr(part, field)}
-    return tuple(sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name)))
+    # Python refuses to read numbers of thousands of digits.
+    numbers = {name: int(name) for name in names if name.isdecimal() and len(name) < 19}
+    return tuple(sorted(names, key=lambda name: (name not in numbers, numbers.get(name, 0), name)))
 
 
 def _renumber(parts: Sequence[ShardIndex], field: str, names_field: str, names: tuple[str, ...]) -> NDArray[np.int32]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from distill.data.index import DatasetIndex
-from distill.data.transforms import SUBSTITUTE_STREAM, generator_for
+from distill.data.randomness import SUBSTITUTE_STREAM, generator_for
 from distill.errors import ConfigError
 
 MAX_SEED = 2**32 - 1

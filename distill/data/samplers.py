@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -21,14 +21,20 @@ class PlanSampler(Sampler[list[int]]):
         global_batch_size: G, images over all ranks.
         rank: this process, from 0.
         world_size: W, the number of processes.
-        start: first position; may be set between passes.
+        start: first position of a pass, or a function that tells it at the start of each pass.
 
     Raises:
         ConfigError: G is no multiple of W, or `num_samples` is less than one batch.
     """
 
     def __init__(
-        self, num_samples: int, global_batch_size: int, *, rank: int = 0, world_size: int = 1, start: int = 0
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int | Callable[[], int] = 0,
     ) -> None:
         check_rank(rank, world_size)
         if global_batch_size < 1 or global_batch_size % world_size:
@@ -51,7 +57,7 @@ class PlanSampler(Sampler[list[int]]):
         return self.num_samples // self.global_batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.start
+        first = self.start() if callable(self.start) else self.start
         for batch in range(len(self)):
             begin = first + batch * self.global_batch_size
             yield list(range(begin + self.rank, begin + self.global_batch_size, self.world_size))

@@ -15,6 +15,8 @@ ShardSpec = str | Path | dict[str, str | list[str]]
 MAX_SHARDS = 1_000_000
 """A brace pattern that names more files than this is a slip of the pen."""
 
+MAX_DOMAINS = 1000
+
 _GLOB = frozenset("*?[")
 
 
@@ -41,6 +43,11 @@ def find_shards(spec: ShardSpec, *, key: str = "shards") -> dict[str, list[Path]
         found = _by_name(_expand(str(spec), key), key)
     if not found:
         raise ConfigError(f"{key} is empty; give a directory or pattern of shards, or a mapping from domain to these.")
+    if len(found) > MAX_DOMAINS:
+        raise DataError(
+            f"{key}: the shards' names tell {len(found):,} domains; the domain is what stands before the last '-'. "
+            f"Give {key} as a mapping from domain to pattern."
+        )
     for domain, paths in found.items():
         _check_names(domain, paths, key)
     return {domain: sorted(found[domain], key=lambda path: path.name) for domain in sorted(found)}

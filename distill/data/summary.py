@@ -11,7 +11,7 @@ from rich.table import Table
 
 from distill.data.index import DatasetIndex, build_index
 
-COLUMNS = ("domain", "shards", "samples", "bad", "MB", "median px", "labelled", "classes")
+COLUMNS = ("domain", "shards", "samples", "bad", "MB", "median px", "labels", "classes")
 
 
 def index(shards: str, index_dir: Path | None = None, verify: bool = False) -> None:
@@ -34,9 +34,10 @@ def index(shards: str, index_dir: Path | None = None, verify: bool = False) -> N
 
 def summary_table(dataset: DatasetIndex) -> Table:
     """Return a table with one line a domain, and one for all; bad are images without a usable header."""
-    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*COLUMNS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
+    table.columns[0].min_width = max(len(domain) for domain in dataset.domains)
     for domain in dataset.domains:
         shards = sum(shard.domain == domain for shard in dataset.shards)
         table.add_row(domain, *_cells(dataset, np.asarray(dataset.rows_of(domain)), shards))

@@ -20,6 +20,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "json", "txt", "cls")
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_MEMBER_BYTES = 256 << 20
+MAX_HEADER_BYTES = 1 << 20
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK": "zip"}
 
@@ -55,7 +56,9 @@ def read_members(file: BinaryIO, path: Path) -> Iterator[Member]:
     _check_magic(file, path)
     seen: set[tuple[str, str]] = set()
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
+        with tarfile.open(
+            fileobj=cast(BinaryIO, _HeaderReader(file, path)), mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as archive:
             while (info := archive.next()) is not None:
                 # tarfile keeps every header it has read; a shard of a million members would fill memory.
                 cast(Any, archive).members.clear()
@@ -70,6 +73,19 @@ def read_members(file: BinaryIO, path: Path) -> Iterator[Member]:
     except (tarfile.TarError, UnicodeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is truncated or no tar ({error}); write or copy it again.") from error
     _check_end(file, end, path)
+
+
+class _HeaderReader:
+    """Gives tarfile the headers of a file: an extended one may announce any size, and tarfile would read it whole."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.file, self.path = file, path
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise DataError(f"{self.path}: a header of {size:,} bytes; {MAX_HEADER_BYTES:,} are allowed.")
+        return self.file.read(size)
 
 
 def _check_magic(file: BinaryIO, path: Path) -> None:

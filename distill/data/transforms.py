@@ -26,9 +26,6 @@ MAX_JPEG_SIDE_PX = 65_500
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 
-AUGMENT_STREAM = 0
-SUBSTITUTE_STREAM = 1
-
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -58,19 +55,6 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation(reencode="none")
-
-
-def generator_for(seed: int, position: int, stream: int) -> np.random.Generator:
-    """Return a random generator that depends on its arguments alone, on every machine, process and rank.
-
-    Args:
-        seed: the run's seed, at least 0.
-        position: place of the sample in the plan, at least 0.
-        stream: tells independent uses at one position apart.
-    """
-    # Philox is a counter-based generator: the key says which sequence, the counter where in it. The lowest counter word
-    # is left to the draws themselves.
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, position, 0, 0]))
 
 
 def augment(image: Tensor, config: Augmentation, generator: np.random.Generator) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distill.data.decode import decode_image
 from distill.data.image_header import ImageError
-from distill.data.transforms import Augmentation, augment, generator_for, square_view
+from distill.data.randomness import generator_for
+from distill.data.transforms import Augmentation, augment, square_view
 from distill.errors import ConfigError, DataError
 
 MIN_PSNR_DB = 60

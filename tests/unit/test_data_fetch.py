@@ -44,7 +44,7 @@ def make_index(tmp_path: Path) -> MakeIndex:
                 with wds.TarWriter(str(tmp_path / f"{domain}-{shard}.tar")) as writer:
                     for number in range(shard * count // 2, (shard + 1) * count // 2):
                         data = encoded(number)
-                        data = data[: len(data) // 2] if number in bad else data
+                        data = data[:-40] if number in bad else data
                         writer.write({"__key__": f"{number:06d}", "jpg": data, "cls": number % 3})
         return build_index(tmp_path)
 
@@ -74,7 +74,7 @@ def test_rows_outside_the_index_are_an_error(make_index: MakeIndex) -> None:
 
 def test_a_bad_row_names_shard_and_key(make_index: MakeIndex) -> None:
     dataset = RowDataset(make_index(a=(4, [3])), 32)
-    with pytest.raises(DataError, match=r"a-1\.tar: 000003: the image does not decode"):
+    with pytest.raises(DataError, match=r"a-1\.tar: 000003: .* \(OSError: .*\); mend the image"):
         dataset[3]
 
 
@@ -95,7 +95,7 @@ def test_a_bad_planned_sample_is_replaced_by_another_of_its_domain_and_told(make
     assert bad[0].domain == "a"
     assert bad[0].shard.endswith("a-0.tar")
     assert bad[0].key in ("000004", "000005")
-    assert "does not decode" in bad[0].reason
+    assert "OSError" in bad[0].reason
 
 
 def test_a_domain_that_is_all_bad_stops_by_name(make_index: MakeIndex) -> None:
@@ -103,6 +103,12 @@ def test_a_domain_that_is_all_bad_stops_by_name(make_index: MakeIndex) -> None:
     dataset = PlannedDataset(plan, 16)
     with pytest.raises(DataError, match="'broken' has no usable image within 17 tries"):
         [dataset[position] for position in range(4)]
+
+
+def test_an_all_bad_domain_stops_from_a_worker_process_too(make_index: MakeIndex) -> None:
+    dataset = PlannedDataset(SamplePlan(make_index(broken=(40, list(range(40))))), 16)
+    with pytest.raises(DataError, match="'broken' has no usable image"):
+        list(build_loader(dataset, PlanSampler(8, 4), num_workers=1, start_method="fork"))
 
 
 def test_planned_items_are_the_same_whoever_asks(make_index: MakeIndex) -> None:
@@ -202,19 +208,23 @@ def test_a_shard_that_is_gone_or_changed_is_named(make_index: MakeIndex) -> None
         reader.read(1, 512, 10)
 
 
+def count_open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 def test_few_files_stay_open_and_none_travels(make_index: MakeIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_reader, "MAX_OPEN_FILES", 2)
     index = make_index(a=(4, []), b=(4, []), c=(4, []))
     dataset = RowDataset(index, 16)
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    before = count_open_files() if Path("/proc/self/fd").exists() else None
     for row in (*range(12), *range(12)):
         dataset[row]
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        assert count_open_files() <= before + 2
     assert pickle.loads(pickle.dumps(dataset))[5]["row"] == 5
     dataset.reader.close()
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert count_open_files() == before
 
 
 def bad_sample(position: int, domain: str = "ocr", attempt: int = 0) -> BadSample:

@@ -338,6 +338,38 @@ def test_a_member_that_announces_too_much_is_refused_unread(tmp_path: Path) -> N
         build_index(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
+def test_a_header_that_announces_too_much_is_refused_unread(tmp_path: Path, kind: bytes) -> None:
+    with (tmp_path / "x-0.tar").open("wb") as file:
+        info = tarfile.TarInfo("header")
+        info.size, info.type = 1 << 30, kind
+        file.write(info.tobuf())
+        file.truncate((1 << 30) + 2048)
+    with pytest.raises(DataError, match="a header of 1,073,74"):
+        build_index(tmp_path)
+
+
+def test_long_and_foreign_names_are_read(tmp_path: Path) -> None:
+    names = ["k" * 200, "größe-数据", "a/" * 60 + "z"]
+    for number, kind in enumerate((tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        with tarfile.open(tmp_path / f"x-{number}.tar", "w", format=kind) as archive:
+            for name in names:
+                add_member(archive, f"{name}.jpg", encoded())
+    assert build_index(tmp_path).keys == names * 2
+
+
+def test_a_class_name_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x-0.tar", 2, json=lambda n: {"label": "9" * 5000 if n else "cat"})
+    assert build_index(tmp_path).label_names == ("9" * 5000, "cat")
+
+
+def test_shards_whose_names_tell_no_domain_in_common_are_refused(tmp_path: Path) -> None:
+    for number in range(1001):
+        (tmp_path / f"{number}-x.tar").touch()
+    with pytest.raises(DataError, match="1,001 domains"):
+        find_shards(tmp_path)
+
+
 def test_folders_in_a_tar_are_part_of_the_key(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x-0.tar", "w") as archive:
         add_member(archive, "a", type=tarfile.DIRTYPE)

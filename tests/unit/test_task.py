@@ -27,12 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 
 class RandomImages(LightningDataModule):
     domains = ("natural", "ocr")
+    has_fixed_views = True
 
     def __init__(self, count: int = 16, batch: int = 4) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        self.samples = [{"images": image, "domain": torch.tensor(i % 2)} for i, image in enumerate(images)]
+        self.samples = [
+            {"images": image, "domain": torch.tensor(i % 2), "row": torch.tensor(i)} for i, image in enumerate(images)
+        ]
         self.batch = batch
 
     def train_dataloader(self) -> DataLoader:
@@ -161,7 +164,7 @@ def test_a_teacher_is_run_once_a_batch_however_many_students_learn_from_it(make_
         students={"a": make_encoder(8), "b": make_encoder(4)},
         alignments=[AlignmentConfig("a", "big", num_layers=2), AlignmentConfig("b", "big", num_layers=3)],
     )
-    values = module._step({"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)})
+    values = module._step({"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "row": torch.arange(2)})
     assert module.teachers["big"].forward_count == 1
     assert "loss/a/big/layer_-2" in values
     assert "loss/b/big/layer_-3" in values
@@ -238,3 +241,29 @@ def test_modules_registered_are_students_and_alignments_only(make_encoder) -> No
     names = {name for name, _ in task(make_encoder).named_children()}
     assert names == {"students", "alignments"}
     assert isinstance(task(make_encoder).students, nn.ModuleDict)
+
+
+def test_remembered_teacher_states_train_the_same_student_with_one_teacher_forward_an_image(
+    make_encoder, tmp_path: Path
+) -> None:
+    online, remembering = task(make_encoder), task(make_encoder, teacher_cache_gib=0.1)
+    a, b = fit(online, tmp_path / "online", steps=12), fit(remembering, tmp_path / "remembering", steps=12)
+    assert online.teachers["big"].forward_count > remembering.teachers["big"].forward_count == 2 * 4
+    assert len(remembering.memory) == 2 * 16
+    assert a.callback_metrics["val/cosine"].item() == b.callback_metrics["val/cosine"].item()
+
+
+def test_a_full_memory_computes_the_rest(make_encoder) -> None:
+    module = task(make_encoder)
+    module.memory.limit_bytes = 2 * 2 * (1 + 16) * 20 * 4  # two images of two float32 layers
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    batch = {"images": images, "row": torch.arange(4)}
+    first, second = module._step(batch), module._step(batch)
+    assert len(module.memory) == 2
+    assert torch.equal(first["loss/total"], second["loss/total"])
+
+
+def test_remembering_changing_views_is_refused(make_encoder, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(RandomImages, "has_fixed_views", False)
+    with pytest.raises(ConfigError, match="data.augment"):
+        fit(task(make_encoder, teacher_cache_gib=0.1), tmp_path)
