@@ -132,6 +132,7 @@ def run(words: list[str]) -> None:
     # about loaders it knows.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no validation data
     DistillCLI(
         DistillationTask,
         ShardDataModule,
