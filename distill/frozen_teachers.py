@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from distill.checkpoint import read_weights
 from distill.encoder import Encoder, Layer
+from distill.errors import ConfigError
 
 
 class FrozenTeachers:
@@ -65,8 +66,14 @@ class FrozenTeachers:
         Args:
             images: `[B, 3, H, W]`, uint8 or [0, 1].
             layers: for each teacher's name, how many hidden states are wanted.
+
+        Raises:
+            ConfigError: a teacher cannot take images of this size.
         """
-        return {name: self._chunked(self.encoder(name), images, count) for name, count in layers.items()}
+        try:
+            return {name: self._chunked(self.encoder(name), images, count) for name, count in layers.items()}
+        except ValueError as error:  # how an encoder refuses images of a size it cannot take
+            raise ConfigError(f"A teacher cannot take these images (data.img_size_px). {error}") from error
 
     def _chunked(self, teacher: Encoder, images: Tensor, num_layers: int) -> list[Layer]:
         size = self.micro_batch or images.shape[0]

@@ -82,6 +82,14 @@ class DistillationTask(LightningModule):
             read_weights(student, f"student {name!r}")
         self._has_weights = True
 
+    def cpu(self) -> DistillationTask:
+        """Move to the CPU; without weights there is nothing to move.
+
+        Lightning calls this when a run ends, also when it ends before the weights were read: on the meta device the
+        move would fail and hide the error that ended the run.
+        """
+        return super().cpu() if self._has_weights else self
+
     def configure_optimizers(self) -> Any:
         """Return fused AdamW and its per-step schedule."""
         groups = parameter_groups(self.students, self.alignments, self.optimizer_config)
@@ -140,10 +148,13 @@ class DistillationTask(LightningModule):
         targets = self.memory.fetch(
             split, batch["row"], images, lambda part: self.teachers.forward_hidden_states(part, teacher_layers)
         )
-        own = {
-            name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
-            for name, count in student_layers.items()
-        }
+        try:
+            own = {
+                name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
+                for name, count in student_layers.items()
+            }
+        except ValueError as error:  # how an encoder refuses images of a size it cannot take
+            raise ConfigError(f"The students cannot take these images (data.img_size_px). {error}") from error
         return targets, own
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:

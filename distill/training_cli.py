@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -86,7 +87,14 @@ def as_list(value: Any) -> list[Any]:
 
 
 def default_loggers(run_dir: Path) -> list[Logger]:
-    """Return CSV (`metrics.csv`) and TensorBoard (`tensorboard/`) loggers that write into the run directory."""
+    """Return CSV (`metrics.csv`) and TensorBoard (`tensorboard/`) loggers that write into the run directory.
+
+    Lightning's CSV logger deletes the file it finds; an earlier run's is moved to `metrics-1.csv`, `metrics-2.csv`, ...
+    """
+    earlier = run_dir / "metrics.csv"
+    if rank_zero_only.rank == 0 and earlier.is_file():
+        taken = sum(1 for _ in run_dir.glob("metrics-*.csv"))
+        earlier.replace(run_dir / f"metrics-{taken + 1}.csv")
     csv = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=20)
     return [csv, TensorBoardLogger(run_dir, name="tensorboard", version="")]
 
@@ -132,6 +140,7 @@ def run(words: list[str]) -> None:
     # about loaders it knows.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no validation data
     DistillCLI(
         DistillationTask,
