@@ -13,7 +13,7 @@ start=$SECONDS
 step() { printf '\n[%4d s] %s\n' "$((SECONDS - start))" "$1"; }
 
 step "Drawing labelled images of four domains"
-distill synthesize "$images/train" --split train --images_per_domain 110
+distill synthesize "$images/train" --split train --images_per_domain 200
 distill synthesize "$images/heldout" --split heldout --images_per_domain 110
 
 step "Distilling EfficientNet-Lite0 into a small ViT at 448 px"
