@@ -92,7 +92,7 @@ def default_loggers(run_dir: Path) -> list[Logger]:
     Lightning's CSV logger deletes the file it finds; an earlier run's is moved to `metrics-1.csv`, `metrics-2.csv`, ...
     """
     earlier = run_dir / "metrics.csv"
-    if rank_zero_only.rank == 0 and earlier.is_file():
+    if getattr(rank_zero_only, "rank", 0) == 0 and earlier.is_file():
         taken = sum(1 for _ in run_dir.glob("metrics-*.csv"))
         earlier.replace(run_dir / f"metrics-{taken + 1}.csv")
     csv = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=20)

@@ -57,5 +57,7 @@ def normalise_images(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dty
     Returns:
         `[B, 3, H, W]` in `dtype`.
     """
-    scaled = images.float() / _UINT8_MAX if images.dtype == torch.uint8 else images.float()
-    return ((scaled - mean) / std).to(dtype)
+    normalised = images.to(torch.float32, copy=True)
+    if images.dtype == torch.uint8:
+        normalised.div_(_UINT8_MAX)
+    return normalised.sub_(mean).div_(std).to(dtype)

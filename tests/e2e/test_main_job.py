@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TEACHER = {
     "class_path": "teachers.TimmTeacher",
@@ -138,6 +142,19 @@ def test_export_probe_and_report_follow(run: Path, recipe: Path) -> None:
     assert "data:image/" in page
     assert "http" not in page.split("<style", 1)[1].split("</style>", 1)[0]
     assert list((run / "figures").glob("*.png"))
+
+
+def test_the_readmes_python_runs_on_a_runs_exports(run: Path, tmp_path: Path) -> None:
+    if not (run / "exports").is_dir():
+        distill("export", str(run), "--format", "all")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) == 2
+    Image.new("RGB", (80, 50), (200, 30, 30)).save(tmp_path / "image.png")
+    for block in blocks:
+        code = block.replace("runs/demo", str(run)).replace('"image.png"', repr(str(tmp_path / "image.png")))
+        assert code.count(str(run)) == 1
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

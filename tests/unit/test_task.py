@@ -58,8 +58,9 @@ def task(make_encoder, **changes) -> DistillationTask:
     return DistillationTask(**(arguments | changes))
 
 
-def fit(module: DistillationTask, folder: Path, steps: int = 8, callbacks=(), **arguments) -> Trainer:
+def fit(module: DistillationTask, folder: Path, steps: int = 8, callbacks=(), settings=None, **arguments) -> Trainer:
     trainer = Trainer(
+        **(settings or {}),
         max_steps=steps,
         accelerator="cpu",
         default_root_dir=folder,
@@ -267,3 +268,30 @@ def test_remembering_changing_views_is_refused(make_encoder, tmp_path: Path, mon
     monkeypatch.setattr(RandomImages, "has_fixed_views", False)
     with pytest.raises(ConfigError, match="data.augment"):
         fit(task(make_encoder, teacher_cache_gib=0.1), tmp_path)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_under_a_fused_optimizer(make_encoder, tmp_path: Path, precision: str) -> None:
+    from lightning.pytorch.callbacks import Callback
+
+    norms = []
+
+    class Norm(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            gradients = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+            norms.append(torch.stack(gradients).norm().item())
+
+    settings = {"gradient_clip_val": 1e-3, "precision": precision}
+    module = task(make_encoder)
+    clipped: list[float] = []
+    original = module.configure_gradient_clipping
+
+    def spy(optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        original(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        gradients = [p.grad.norm() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        clipped.append(torch.stack(gradients).norm().item())
+
+    module.configure_gradient_clipping = spy
+    fit(module, tmp_path, steps=3, callbacks=[Norm()], settings=settings)
+    assert min(norms) > 1e-3
+    assert max(clipped) <= 1e-3 * 1.01
