@@ -85,6 +85,12 @@ class RunDir:
         """The newest checkpoint, `checkpoints/last.ckpt`."""
         return self.path / "checkpoints" / "last.ckpt"
 
+    @property
+    def metrics_files(self) -> list[Path]:
+        """The logs of the run, oldest first: `metrics-1.csv`, ... of runs that were resumed, then `metrics.csv`."""
+        earlier = sorted(self.path.glob("metrics-*.csv"), key=lambda file: (len(file.name), file.name))
+        return [file for file in [*earlier, self.path / "metrics.csv"] if file.is_file()]
+
     def initial_weights(self, name: str) -> Path:
         """The student's weights before the first step."""
         return self.path / "initial" / f"{name}.safetensors"

@@ -1,7 +1,8 @@
 """What validation reports: cosine per layer and per domain, beside the trivial baseline.
 
 A raw cosine alone flatters: features with a large common mean reach 0.9 for a predictor that ignores the image. So
-each value comes with the cosine that the mean teacher feature reaches, and with the skill between the two.
+each value comes with the cosine that the mean direction of the teacher's features reaches, and with the skill between
+the two.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class DomainCosine(Metric):
     full_state_update = False
     cosine_sum: Tensor
     count: Tensor
-    feature_sum: Tensor
     unit_sum: Tensor
 
     def __init__(self, domains: Sequence[str], dim: int) -> None:
@@ -35,7 +35,6 @@ class DomainCosine(Metric):
         num_domains = len(self.domains)
         self.add_state("cosine_sum", torch.zeros(num_domains, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(num_domains, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("feature_sum", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("unit_sum", torch.zeros(num_domains, dim, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, student: Tensor, teacher: Tensor, domain: Tensor) -> None:
@@ -52,15 +51,15 @@ class DomainCosine(Metric):
         self.cosine_sum.index_add_(0, domain, cosine)
         self.count.index_add_(0, domain, torch.ones_like(cosine))
         self.unit_sum.index_add_(0, domain, unit)
-        self.feature_sum += teacher.mean(1).double().sum(0)
 
     def compute(self) -> dict[str, dict[str, Tensor]]:
         """Return `{domain: {"cosine", "baseline", "skill"}}` for the domains seen.
 
-        "baseline" is the mean cosine of the teacher's tokens with their own overall mean, the best constant
-        direction; "skill" is `(cosine - baseline) / (1 - baseline)`: 0 for that constant, 1 for the teacher itself.
+        "baseline" is the mean cosine of the teacher's tokens with the mean of all their directions, which no other
+        constant exceeds over all domains. "skill" is `(cosine - baseline) / (1 - baseline)`: 0 for that constant, 1 for
+        the teacher itself.
         """
-        constant = torch.nn.functional.normalize(self.feature_sum, dim=0)
+        constant = torch.nn.functional.normalize(self.unit_sum.sum(0), dim=0)
         values: dict[str, dict[str, Tensor]] = {}
         for position, name in enumerate(self.domains):
             count = self.count[position]

@@ -107,10 +107,10 @@ class FeatureStatistics:
 
     def update(self, tokens: Tensor) -> None:
         """Add tokens `[..., D]`."""
-        flat = tokens.detach().flatten(0, -2).float().cpu()
+        flat = tokens.detach().flatten(0, -2).cpu().double()
         self.count += flat.shape[0]
-        self._sum += flat.sum(0, dtype=torch.float64)
-        self._outer += (flat.T @ flat).double()
+        self._sum += flat.sum(0)
+        self._outer += flat.T @ flat
 
     def merge(self, count: int, total: Tensor, outer: Tensor) -> None:
         """Add another process's sums."""

@@ -78,9 +78,11 @@ class DistillationTask(LightningModule):
         """
         if self._has_weights:
             return
-        self.teachers.load_weights()
-        for name, student in self.students.items():
-            read_weights(student, f"student {name!r}")
+        # Lightning makes the GPU the default device here; weights are read, converted and resized on the CPU.
+        with torch.device("cpu"):
+            self.teachers.load_weights()
+            for name, student in self.students.items():
+                read_weights(student, f"student {name!r}")
         self._has_weights = True
 
     def cpu(self) -> DistillationTask:
@@ -149,6 +151,12 @@ class DistillationTask(LightningModule):
         """Move the teachers to the device and take the statistics that standardised targets need."""
         self.teachers.to(self.device)
         self.calibrate()
+
+    def on_train_start(self) -> None:
+        """Write a resumed run's initial validation values again, so that its own log has them too."""
+        if self.trainer.global_step > 0 and self.initial_metrics:
+            for logger in self.loggers:
+                logger.log_metrics(self.initial_metrics, step=0)
 
     def on_validation_start(self) -> None:
         """Move the teachers and the metrics to the device, also when validation runs alone."""
@@ -227,7 +235,7 @@ class DistillationTask(LightningModule):
     def _keep_initial(self, values: Mapping[str, Tensor]) -> None:
         # Lightning logs nothing during its sanity check. Where that check covers the whole validation set and the run
         # is new, its values are the initial ones.
-        is_whole = self.trainer.num_sanity_val_steps >= sum(self.trainer.num_sanity_val_batches)
+        is_whole = list(self.trainer.num_sanity_val_batches) == list(self.trainer.num_val_batches)
         if self.initial_metrics or self.trainer.global_step > 0 or not is_whole:
             return
         self.initial_metrics = {key: float(value) for key, value in values.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -18,6 +18,7 @@ from torch import nn
 
 from distill.callbacks.checkpoint_io import AtomicCheckpointIO
 from distill.callbacks.initial_weights import SaveInitialWeights
+from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.callbacks.throughput import Throughput
 from distill.data.datamodule import ShardDataModule
 from distill.errors import ConfigError
@@ -57,6 +58,18 @@ class DistillCLI(LightningCLI):
         )
         parser.set_defaults({"trainer.num_sanity_val_steps": -1, "trainer.use_distributed_sampler": False})
 
+    def instantiate_classes(self) -> None:
+        """Build task, data and trainer.
+
+        Raises:
+            ConfigError: a teacher, student or other class refuses an argument; teachers and students say so by a
+                ValueError or FileNotFoundError of their own.
+        """
+        try:
+            super().instantiate_classes()
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigError(f"The recipe cannot be built. {error}") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with this project's loggers, callbacks and checkpoint plugin beside the recipe's own.
 
@@ -71,7 +84,11 @@ class DistillCLI(LightningCLI):
         if not run_dir:
             raise ConfigError("trainer.default_root_dir is not set; name the folder that this run writes to.")
         if self._get(self.config_init, "trainer.logger") in (None, True):
-            kwargs["logger"] = default_loggers(Path(run_dir))
+            if self.subcommand == "fit":
+                keep_earlier_metrics(Path(run_dir), is_resumed=self._get(self.config, "ckpt_path") is not None)
+                kwargs["logger"] = default_loggers(Path(run_dir))
+            else:
+                kwargs["logger"] = CSVLogger(run_dir, name="validation", version="")
         plugins = as_list(self._get(self.config_init, "trainer.plugins"))
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         callbacks: list[Callback] = as_list(self._get(self.config_init, "trainer.callbacks"))
@@ -86,27 +103,40 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def default_loggers(run_dir: Path) -> list[Logger]:
-    """Return CSV (`metrics.csv`) and TensorBoard (`tensorboard/`) loggers that write into the run directory.
+def keep_earlier_metrics(run_dir: Path, *, is_resumed: bool) -> None:
+    """Put an earlier run's `metrics.csv` aside: Lightning's CSV logger would delete it.
 
-    Lightning's CSV logger deletes the file it finds; an earlier run's is moved to `metrics-1.csv`, `metrics-2.csv`, ...
+    A resumed run goes on from it, so it becomes `metrics-1.csv`, `metrics-2.csv`, ..., which the report and the model
+    card read first. A new run in the same folder starts anew: what was there moves to `earlier-1/`, ...
     """
-    earlier = run_dir / "metrics.csv"
-    if getattr(rank_zero_only, "rank", 0) == 0 and earlier.is_file():
-        taken = sum(1 for _ in run_dir.glob("metrics-*.csv"))
-        earlier.replace(run_dir / f"metrics-{taken + 1}.csv")
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return
+    if is_resumed and (run_dir / "metrics.csv").is_file():
+        taken = len(list(run_dir.glob("metrics-*.csv")))
+        (run_dir / "metrics.csv").replace(run_dir / f"metrics-{taken + 1}.csv")
+    elif not is_resumed and (earlier := list(run_dir.glob("metrics*.csv"))):
+        folder = run_dir / f"earlier-{len(list(run_dir.glob('earlier-*'))) + 1}"
+        folder.mkdir()
+        for file in earlier:
+            file.replace(folder / file.name)
+
+
+def default_loggers(run_dir: Path) -> list[Logger]:
+    """Return CSV (`metrics.csv`) and TensorBoard (`tensorboard/`) loggers that write into the run directory."""
     csv = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=20)
     return [csv, TensorBoardLogger(run_dir, name="tensorboard", version="")]
 
 
 def default_callbacks(run_dir: Path, configured: list[Callback]) -> list[Callback]:
     """Return the callbacks every run has, leaving out a kind that the recipe configured itself."""
-    checkpoint = ModelCheckpoint(
-        dirpath=run_dir / "checkpoints", filename="last", save_top_k=1, enable_version_counter=False
-    )
-    defaults: list[Callback] = [checkpoint, LearningRateMonitor("step"), Throughput(), SaveInitialWeights()]
-    kinds = tuple(type(callback) for callback in configured)
-    return [callback for callback in defaults if not isinstance(callback, kinds)]
+    defaults: list[Callback] = [
+        LastCheckpoint(run_dir / "checkpoints"),
+        LearningRateMonitor("step"),
+        Throughput(),
+        SaveInitialWeights(),
+    ]
+    kinds = {type(callback) for callback in configured}
+    return [callback for callback in defaults if type(callback) not in kinds]
 
 
 def print_parameters(task: DistillationTask) -> None:
@@ -141,6 +171,8 @@ def run(words: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*Previous log files in this directory will be deleted.*")
+    # torchmetrics has summed over the ranks before these values are logged.
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no validation data
     DistillCLI(
         DistillationTask,

@@ -2,12 +2,13 @@
 # The main job on the embedded default: draw images, distil, export, probe, report. CPU only; after installing, nothing
 # comes from the network. Everything lands in runs/demo (or the folder given as first argument).
 set -euo pipefail
+run=${1:+$(realpath -m "$1")}
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 make_environment .venv demo,export,report
 export HF_HUB_OFFLINE=1
 
-run=${1:-runs/demo}
+run=${run:-runs/demo}
 images=$run/images
 start=$SECONDS
 step() { printf '\n[%4d s] %s\n' "$((SECONDS - start))" "$1"; }
@@ -39,5 +40,5 @@ cat <<EOF
 Next: validate the run again, or distil longer with the same recipe.
 
     .venv/bin/distill validate --config $run/config.yaml --ckpt_path $run/checkpoints/last.ckpt
-    .venv/bin/distill fit --config configs/demo.yaml --trainer.max_epochs 20 --trainer.default_root_dir runs/longer
+    .venv/bin/distill fit --config $run/config.yaml --trainer.max_epochs 20 --trainer.default_root_dir runs/longer
 EOF

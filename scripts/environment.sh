@@ -5,17 +5,22 @@
 make_environment() {
     local folder=$1 extras=$2
     local wanted
-    wanted=$(cat pyproject.toml constraints.txt <(echo "$extras") | sha256sum | cut -d' ' -f1)
-    if [ ! -x "$folder/bin/python" ]; then
+    wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+    if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
         echo "Making $folder ..."
         "${PYTHON:-python3}" -m venv "$folder"
     fi
-    if [ "$(cat "$folder/.installed-$extras" 2>/dev/null)" != "$wanted" ]; then
+    # One line for each extra that is installed, with the hash of what asked for it.
+    local stamp=$folder/.installed extra missing=
+    for extra in ${extras//,/ }; do
+        grep -qsx "$extra $wanted" "$stamp" || missing=yes
+    done
+    if [ -n "$missing" ]; then
         echo "Installing into $folder (the versions of constraints.txt; this takes some minutes) ..."
         "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
-        echo "$wanted" >"$folder/.installed-$extras"
+        for extra in ${extras//,/ }; do echo "$extra $wanted" >>"$stamp"; done
     fi
-    PATH="$PWD/$folder/bin:$PATH"
+    PATH="$(cd "$folder" && pwd)/bin:$PATH"
     export PATH
 }
 

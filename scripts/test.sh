@@ -4,4 +4,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 make_environment "${VENV:-.venv}" demo,dev,export,report
-exec python -m pytest -m "not gpu and not network" "$@"
+exec python -m pytest "$@"

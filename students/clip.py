@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from students.images import CLIP_MEAN, CLIP_STD
-from students.init import resize_position_embedding
+from students.init import PRE_NORM_EPS, resize_position_embedding
 from students.random_init import build_random_model
 from students.timm_encoder import Attention, TimmEncoder
 from students.vision_tower import ARCHITECTURES, check_geometry, read_vision_tower
@@ -28,7 +28,8 @@ class CLIPViT(TimmEncoder):
         patch_size: pixels a side.
         embed_dim: width; a multiple of `num_heads`.
         depth: blocks.
-        num_heads: attention heads. CLIP's are `embed_dim / 64`; the weights cannot tell a wrong number.
+        num_heads: attention heads. CLIP's are `embed_dim / 64`; weights cannot tell a wrong number, only a
+                configuration beside them can.
         mlp_ratio: hidden width of the MLP, in widths.
         drop_path_rate: stochastic depth at the last block, growing from 0 at the first.
         seed: of random weights.
@@ -93,11 +94,12 @@ class CLIPViT(TimmEncoder):
 
         Raises:
             FileNotFoundError: a weight file is missing.
-            ValueError: the weights are not CLIP's or do not fit.
+            ValueError: the weights are not CLIP's or do not fit, or a configuration beside them says other heads, another
+                activation or another epsilon.
         """
         if self._weights == "random":
             model = build_random_model(self.timm_architecture, self.timm_model_args, init="timm", seed=self._seed)
             return model.state_dict()
-        _, state = read_vision_tower(self._weights, self._geometry, ("clip",))
+        _, state = read_vision_tower(self._weights, self._geometry, ("clip",), act="quick_gelu", norm_eps=PRE_NORM_EPS)
         state["pos_embed"] = resize_position_embedding(state["pos_embed"], self.img_size // self.patch_size)
         return state

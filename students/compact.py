@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from students.images import RGB, nearest_sizes
 from students.init import resize_position_embedding
 from students.random_init import RandomInit, build_random_model
-from students.timm_encoder import Attention, TimmEncoder, build_timm_model
+from students.timm_encoder import Attention, TimmEncoder, build_timm_model, download_timm_weights
 from students.weight_files import read_state_dict
 
 
@@ -100,15 +100,16 @@ class TimmStudent(TimmEncoder):
         """Return the named weights under timm's keys, without a classifier.
 
         Raises:
-            FileNotFoundError: a weight file is missing.
+            FileNotFoundError: a weight file is missing, or "pretrained" weights cannot be fetched.
             ValueError: a tensor is missing, left over or of another shape, or the file is of another model.
         """
         name, args = self.timm_architecture, self.timm_model_args
         if self._weights == "random":
             return build_random_model(name, args, init=self._init, seed=self._seed).state_dict()
         if self._weights == "pretrained":
-            with torch.device("cpu"):
-                return timm.create_model(name, pretrained=True, **args).state_dict()
+            own = self.model.state_dict().keys()
+            # A classifier that was replaced may leave layers in front of it that one never built does not have.
+            return {key: value for key, value in download_timm_weights(name, args).items() if key in own}
         return self._read_file()
 
     def _read_file(self) -> dict[str, Tensor]:
@@ -122,9 +123,11 @@ class TimmStudent(TimmEncoder):
             fresh = build_random_model(self.timm_architecture, self.timm_model_args, init="timm", seed=self._seed)
             state |= {key: value for key, value in fresh.state_dict().items() if key in absent}
         grid = self.img_size // self.patch_size
-        has_class_grid = self.num_prefix_tokens == 1 and "pos_embed" in own and own["pos_embed"].ndim == 3
-        if has_class_grid and own["pos_embed"].shape[1] == grid * grid + 1 and "pos_embed" in state:
-            state["pos_embed"] = resize_position_embedding(state["pos_embed"], grid)
+        if "pos_embed" in state and own["pos_embed"].ndim == state["pos_embed"].ndim == 3:
+            # Class token and registers have a position each in some models and none in others.
+            num_prefix = own["pos_embed"].shape[1] - grid * grid
+            if 0 <= num_prefix <= self.num_prefix_tokens:
+                state["pos_embed"] = resize_position_embedding(state["pos_embed"], grid, num_prefix)
         self._check_fit(state, own)
         # A copy each, in the model's dtype: files are often float16, and may share memory between names.
         return {key: torch.empty_like(own[key], device="cpu").copy_(value) for key, value in state.items()}

@@ -45,13 +45,13 @@ def nearest_sizes(size: int, patch_size: int) -> str:
     return f"{below} or {below + patch_size}" if below else str(patch_size)
 
 
-def normalise_images(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `(images - mean) / std`, computed in float32 whatever the autocast.
+def normalise_images(images: Tensor, mean: RGB, std: RGB, dtype: torch.dtype) -> Tensor:
+    """Return `(images - mean) / std`, computed in float32 whatever the autocast and the dtype of the encoder.
 
     Args:
         images: `[B, 3, H, W]`, uint8 in [0, 255] or floating point in [0, 1].
-        mean: channel means `[1, 3, 1, 1]`, float32.
-        std: channel standard deviations `[1, 3, 1, 1]`, float32.
+        mean: channel means of images scaled to [0, 1].
+        std: channel standard deviations of images scaled to [0, 1].
         dtype: of the result.
 
     Returns:
@@ -60,4 +60,7 @@ def normalise_images(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dty
     normalised = images.to(torch.float32, copy=True)
     if images.dtype == torch.uint8:
         normalised.div_(_UINT8_MAX)
-    return normalised.sub_(mean).div_(std).to(dtype)
+    # Numbers rather than tensors: nothing to copy to a device, and nothing that `module.bfloat16()` could round.
+    for channel, (centre, scale) in enumerate(zip(mean, std, strict=True)):
+        normalised[:, channel].sub_(centre).div_(scale)
+    return normalised.to(dtype)

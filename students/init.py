@@ -39,26 +39,27 @@ PRE_NORM_EPS = 1e-5
 """Epsilon of every LayerNorm in CLIP."""
 
 
-def resize_position_embedding(pos_embed: Tensor, grid: int) -> Tensor:
-    """Return the position embedding for a `grid` x `grid` image; the class token's row is kept as it is.
+def resize_position_embedding(pos_embed: Tensor, grid: int, num_prefix: int = 1) -> Tensor:
+    """Return the position embedding for a `grid` x `grid` image; the rows of prefix tokens are kept as they are.
 
     Bicubic in float32, without antialias, as InternViT's own code and transformers resize it (timm resamples with
     antialias, which differs even when it enlarges).
 
     Args:
-        pos_embed: `[1, 1 + g * g, C]`.
+        pos_embed: `[1, num_prefix + g * g, C]`.
         grid: patches a side.
+        num_prefix: leading rows that are no patch's: 1 for a class token, more with registers, 0 without either.
 
     Returns:
-        `[1, 1 + grid * grid, C]`, float32; `pos_embed` itself when the grid is already that size.
+        `[1, num_prefix + grid * grid, C]`, float32; `pos_embed` itself when the grid is already that size.
 
     Raises:
-        ValueError: the rows of `pos_embed` are no class token and a square grid.
+        ValueError: the rows of `pos_embed` are not `num_prefix` and a square grid.
     """
-    old = grid_size(pos_embed, "the state dict")
+    old = grid_size(pos_embed, "the state dict", num_prefix)
     if old == grid:
         return pos_embed.float()
-    prefix, patches = pos_embed[:, :1].float(), pos_embed[:, 1:].float()
+    prefix, patches = pos_embed[:, :num_prefix].float(), pos_embed[:, num_prefix:].float()
     square = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False, antialias=False)
     return torch.cat([prefix, resized.permute(0, 2, 3, 1).reshape(1, grid * grid, -1)], dim=1)

@@ -30,7 +30,8 @@ class InternViT(TimmEncoder):
         patch_size: pixels a side.
         embed_dim: width; a multiple of `num_heads`.
         depth: blocks.
-        num_heads: attention heads. CLIP's are `embed_dim / 64`; the weights cannot tell a wrong number.
+        num_heads: attention heads. CLIP's are `embed_dim / 64`; weights cannot tell a wrong number, only a
+                configuration beside them can.
         mlp_ratio: hidden width of the MLP, in widths.
         drop_path_rate: stochastic depth at the last block, growing from 0 at the first.
         act: "gelu" is InternViT's; "quick_gelu" is CLIP's.
@@ -114,7 +115,8 @@ class InternViT(TimmEncoder):
 
         Raises:
             FileNotFoundError: a weight file or the calibration images are missing.
-            ValueError: the weights are neither CLIP's nor an InternViT's, or do not fit.
+            ValueError: the weights are neither CLIP's nor an InternViT's, or do not fit, or a configuration beside them says
+                other heads.
         """
         if self._weights == "random":
             return self._random_weights()

@@ -267,17 +267,17 @@ def _check_keys(state: Mapping[str, Tensor], layout: Layout, prefix: str, names:
     )
 
 
-def grid_size(pos_embed: Tensor, path: str) -> int:
-    """Return the side of the square grid that `pos_embed` `[1, 1 + g * g, C]` is for.
+def grid_size(pos_embed: Tensor, path: str, num_prefix: int = 1) -> int:
+    """Return the side of the square grid that `pos_embed` `[1, num_prefix + g * g, C]` is for.
 
     Raises:
-        ValueError: its rows, less the class token's, are no square number.
+        ValueError: its rows, less those of prefix tokens, are no square number.
     """
-    patches = pos_embed.shape[1] - 1
+    patches = pos_embed.shape[1] - num_prefix
     side = math.isqrt(max(patches, 0))
     if side * side != patches or side == 0:
         raise ValueError(
-            f"The position embedding of {path} has {pos_embed.shape[1]} rows; it must have one for the class token and "
-            "those of a square grid. Name the weights of a ViT trained on square images."
+            f"The position embedding of {path} has {pos_embed.shape[1]} rows; it must have {num_prefix} for class "
+            "token and registers, and those of a square grid. Name the weights of a ViT trained on square images."
         )
     return side

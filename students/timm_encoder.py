@@ -40,6 +40,40 @@ def build_timm_model(architecture: str, model_args: dict[str, Any], *, device: L
         ) from error
 
 
+def download_timm_weights(architecture: str, model_args: dict[str, Any]) -> dict[str, Tensor]:
+    """Return timm's pretrained weights, loaded strictly, with a classifier of the size that `model_args` asks for.
+
+    Args:
+        architecture: a name that `timm.create_model` takes, with the tag of the weights.
+        model_args: its keyword arguments.
+
+    Raises:
+        FileNotFoundError: the weights cannot be fetched.
+        ValueError: timm has no weights of that name, or they do not fit the arguments.
+    """
+    # timm loads leniently, and leaves random what a file lacks, when it is told another number of classes than the
+    # checkpoint's. So the model is built with the checkpoint's, and the classifier replaced afterwards.
+    args = {key: value for key, value in model_args.items() if key != "num_classes"}
+    way_out = (
+        "Choose a name with a tag from timm.list_pretrained() and arguments that fit it, or download the file and give "
+        "its path as `weights`."
+    )
+    try:
+        # Building a model draws from the global generator, which belongs to the training run.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            model = cast(Any, timm.create_model(architecture, pretrained=True, **args))
+            model.reset_classifier(model_args.get("num_classes", 0))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"timm could not fetch the pretrained weights of {architecture!r}: {error}. {way_out}"
+        ) from error
+    except RuntimeError as error:
+        raise ValueError(
+            f"timm could not load the pretrained weights of {architecture!r}: {error}. {way_out}"
+        ) from error
+    return model.state_dict()
+
+
 class TimmEncoder(nn.Module):
     """A timm model that normalises its own images and returns its last hidden states.
 
@@ -86,9 +120,6 @@ class TimmEncoder(nn.Module):
         # A model may have a class token that only blocks after the hidden states read (XCiT, CaiT).
         has_prefix = "return_prefix_tokens" in inspect.signature(cast(Any, self.model).forward_intermediates).parameters
         self._num_prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0)) if has_prefix else 0
-        for name, values in zip(("_mean", "_std"), normalisation, strict=True):
-            # Named device: under `torch.device("meta")` these would hold nothing, and no state dict refills them.
-            self.register_buffer(name, torch.tensor(values, device="cpu").reshape(1, 3, 1, 1), persistent=False)
         if grad_checkpointing:
             self._enable_grad_checkpointing()
 
@@ -209,7 +240,7 @@ class TimmEncoder(nn.Module):
         check_images(images, self._patch_size)
         dtype = next(self.parameters()).dtype
         self._choose_attention(images.device, dtype)
-        pixels = normalise_images(images, cast(Tensor, self._mean), cast(Tensor, self._std), dtype)
+        pixels = normalise_images(images, self.image_mean, self.image_std, dtype)
         return self._forward_layers(pixels, num_layers)
 
     def _forward_layers(self, pixels: Tensor, num_layers: int) -> list[Layer]:

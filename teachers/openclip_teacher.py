@@ -121,7 +121,7 @@ class OpenClipTeacher(FrozenEncoder):
     def _load(self, device: torch.device) -> None:
         # Building a model draws its initial weights from the global generator, which belongs to the training run.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             tower = self._build()
         if self.weights != WEIGHTS_RANDOM:
             path = self._find_file()

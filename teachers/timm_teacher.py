@@ -94,7 +94,7 @@ class TimmTeacher(FrozenEncoder):
     def _load(self, device: torch.device) -> None:
         # Building a model draws its initial weights from the global generator, which belongs to the training run.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             if self.weights == WEIGHTS_RANDOM:
                 model = self._create(num_classes=0)
             elif self.weights == WEIGHTS_PRETRAINED:

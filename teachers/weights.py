@@ -157,6 +157,9 @@ def _find_source(path: Path) -> Path:
 def _read_index(index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        outside = [shard for shard in weight_map.values() if Path(str(shard)).name != str(shard)]
+        if outside:
+            raise ValueError(f"the shard {outside[0]!r} lies outside the release's directory")
         return {str(name): index.parent / str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: not a safetensors index ({error!r}); download it again.") from error

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-ASSETS = Path(__file__).resolve().parents[2] / "shared" / "assets"
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 class TinyEncoder(nn.Module):
@@ -61,11 +67,3 @@ def fixed_seed_and_restored_state() -> Iterator[None]:
     yield
     torch.set_num_threads(1)
     torch.set_default_dtype(dtype)
-
-
-@pytest.fixture
-def assets() -> Path:
-    """Return the folder of real images and weights, or skip."""
-    if not ASSETS.is_dir():
-        pytest.skip("the folder of real images and weights beside the project is absent")
-    return ASSETS

@@ -1,6 +1,6 @@
 """What an export target is, and what its consumer gives back.
 
-A target is a module with the members of `ExportTarget`. Its `load_in_consumer` and `consumer_pixels` run in a fresh
+A target is a module with the members of `ExportTarget`. Its `consumer_features` and `consumer_pixels` run in a fresh
 process, where only torch, safetensors and the consumer itself are imported.
 """
 

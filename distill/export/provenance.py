@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -16,6 +17,8 @@ from distill.checkpoint import RunDir, Which
 UNKNOWN_LICENCE = "not recorded"
 TRAINER_KEYS = ("max_steps", "max_epochs", "precision", "devices", "num_nodes", "accumulate_grad_batches")
 METRICS = ("cosine", "baseline", "skill")
+OUTSIDE_FOLDERS = re.compile(r"(?:~|(?:\.\./)+|(?<![\w./])/(?!/))(?:[^\s,:;{}]*/)?")
+"""The folders of an absolute path, of one in a home folder, or of one above the project, wherever in a string."""
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,26 @@ def _recipe(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(value: Any) -> Any:
-    """Return a copy of plain values in which an absolute path is only its last part: cards are published."""
+    """Return a copy of plain values in which a path outside the project is only its last part: cards are published."""
     if isinstance(value, Mapping):
-        return {str(key): _without_folders(item) for key, item in cast(Mapping[Any, Any], value).items()}
+        items = cast(Mapping[Any, Any], value).items()
+        return {str(_without_folders(str(key))): _without_folders(item) for key, item in items}
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in cast(list[Any], value)]
-    if isinstance(value, str) and value.startswith(("/", "~", "..")):
-        return Path(value).name
-    is_plain = isinstance(value, str | int) or value is None or (isinstance(value, float) and isfinite(value))
+    if isinstance(value, str):
+        return OUTSIDE_FOLDERS.sub("", value)
+    is_plain = isinstance(value, int) or value is None or (isinstance(value, float) and isfinite(value))
     return value if is_plain else str(value)
 
 
 def _read_metrics(run: RunDir, student: str) -> dict[str, dict[str, float]]:
-    path = run.path / "metrics.csv"
-    if not path.is_file():
-        return {}
     first, last = dict[str, str](), dict[str, str]()
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            filled = {key: value for key, value in row.items() if value}
-            first, last = {**filled, **first}, {**last, **filled}
+    for path in run.metrics_files:
+        # A damaged log costs the card its figures, not the export.
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.DictReader(file):
+                filled = {key: value for key, value in row.items() if value}
+                first, last = {**filled, **first}, {**last, **filled}
     metrics: dict[str, dict[str, float]] = {}
     for column, value in last.items():
         place = _domain_metric(column, run, student)

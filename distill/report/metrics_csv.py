@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distill.errors import DataError
 
@@ -45,23 +46,26 @@ class DomainCurves:
     layers: dict[str, dict[int, Series]] = field(default_factory=dict[str, dict[int, Series]])
 
 
-def read_metrics(file: Path) -> dict[str, Series]:
-    """Return every numeric column of a CSV log as a series over steps.
+def read_metrics(*files: Path) -> dict[str, Series]:
+    """Return every numeric column of CSV logs as a series over steps.
 
     Rows have many empty cells, because different values are logged at different steps. Of two values at one step the
     later row wins. Values that are not finite are left out.
 
     Args:
-        file: written by Lightning's CSVLogger; the column `step` (or else `epoch`) is the horizontal axis.
+        files: written by Lightning's CSVLogger, oldest first; the column `step`, or else `epoch`, is the horizontal
+            axis.
 
     Raises:
-        DataError: the file cannot be read as text with a header.
+        DataError: a file cannot be read as text with a header.
     """
-    try:
-        with file.open(newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read as a CSV log: {error}. Restore the file the run wrote.") from error
+    rows: list[dict[str | None, Any]] = []
+    for file in files:
+        try:
+            with file.open(newline="", encoding="utf-8") as stream:
+                rows += csv.DictReader(stream)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{file} cannot be read as a CSV log: {error}. Restore the file the run wrote.") from error
     points: dict[str, dict[float, float]] = {}
     for row in rows:
         step = next((value for name in STEP_COLUMNS if (value := _number(row.get(name))) is not None), None)

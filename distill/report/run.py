@@ -77,7 +77,7 @@ def report(
     figures: dict[str, bytes] = {}
     page = Page(directory.path.resolve().name, read_parts(directory))
     _add_probe(page, directory.path / "probe.json", figures)
-    _add_curves(page, directory.path / "metrics.csv", figures)
+    _add_curves(page, directory.metrics_files, figures)
     with console.status("feature maps: teacher and students on images of each domain"):
         _add_maps(page, directory, data, images_per_domain, _device(device), figures)
     _add_recipe(page, directory, data)
@@ -127,13 +127,13 @@ def _add_probe(page: Page, file: Path, figures: dict[str, bytes]) -> None:
     page.score_svgs = _draw(score_charts(results), figures)
 
 
-def _add_curves(page: Page, file: Path, figures: dict[str, bytes]) -> None:
+def _add_curves(page: Page, files: list[Path], figures: dict[str, bytes]) -> None:
     metrics: dict[str, Series] = {}
     reason = "The run has no metrics.csv, so there are no curves."
-    if file.is_file():
+    if files:
         reason = ""
         try:
-            metrics = read_metrics(file)
+            metrics = read_metrics(*files)
         except DistillError as error:
             reason = f"The curves could not be read. {error}"
     page.validation_svgs = _draw(validation_charts(metrics), figures)

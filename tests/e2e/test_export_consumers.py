@@ -257,7 +257,7 @@ def check_generation(model: Any, tower: Any, student: Any, directory: Path, num_
         logits = model(**inputs).logits
         outside = tower(pixels).last_hidden_state
         prefix, patches = student.forward_hidden_states(image.unsqueeze(0), num_layers=1)[0]
-    assert ids.shape[-1] >= 4
+    assert ids.shape[-1] == inputs["input_ids"].shape[-1] + 4
     assert torch.equal(inside[0], outside)
     assert torch.allclose(inside[0], torch.cat([prefix, patches.flatten(1, 2)], dim=1), rtol=0, atol=TOLERANCE)
     # The tower is truly in the path: another one gives other logits.

@@ -88,7 +88,7 @@ def test_every_hidden_state_of_the_clip_student_equals_transformers(images: Tens
     student = CLIPViT(str(tmp_path), SIDE, **GEOMETRY)
     student.load_weights()
     theirs = model(pixel_values=clip_normalised(images), output_hidden_states=True).hidden_states
-    # Without a tie between the two the comparison would pass on the embeddings alone.
+    # The first of transformers' states is the input of the first block.
     assert len(theirs) == DEPTH + 1
     for (prefix, patches), tokens in zip(
         student.eval().forward_hidden_states(images, DEPTH), theirs[-DEPTH:], strict=True

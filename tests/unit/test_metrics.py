@@ -21,10 +21,13 @@ def test_the_teacher_itself_has_cosine_and_skill_one() -> None:
         assert values["skill"].item() == pytest.approx(1, abs=1e-4)
 
 
-def test_the_mean_teacher_feature_has_skill_zero_over_all_domains() -> None:
+def test_no_constant_has_more_skill_than_the_mean_direction_which_has_none() -> None:
     metric = DomainCosine(["a"], 8)
-    tokens = teacher_tokens()
-    constant = tokens.mean((0, 1)).expand_as(tokens)
+    tokens = teacher_tokens() * torch.logspace(-1, 2, 24).reshape(4, 6, 1)  # a few tokens far larger than the rest
+    constant = torch.nn.functional.normalize(tokens, dim=-1).mean((0, 1)).expand_as(tokens)
+    other = DomainCosine(["a"], 8)
+    other.update(tokens.mean((0, 1)).expand_as(tokens), tokens, torch.zeros(4, dtype=torch.int64))
+    assert other.compute()["a"]["skill"] < 0
     metric.update(constant, tokens, torch.zeros(4, dtype=torch.int64))
     values = metric.compute()["a"]
     assert values["cosine"].item() > 0.8  # a raw cosine flatters

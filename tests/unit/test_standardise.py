@@ -57,6 +57,12 @@ def test_statistics_from_parts_equal_those_of_the_whole() -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+def test_a_small_variance_survives_a_large_mean() -> None:
+    x = 200 + 0.1 * torch.randn(20_000, 3, dtype=torch.float64).float()
+    _, covariance = statistics(x).mean_and_covariance()
+    assert covariance.diagonal().tolist() == pytest.approx([0.01] * 3, rel=0.05)
+
+
 def test_an_uncalibrated_standardiser_refuses_to_run() -> None:
     with pytest.raises(RuntimeError, match="no statistics"):
         Standardiser("mean_std", 4)(torch.zeros(1, 4))

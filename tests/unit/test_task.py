@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from distill.alignment import AlignmentConfig
 from distill.callbacks.checkpoint_io import AtomicCheckpointIO
 from distill.callbacks.initial_weights import SaveInitialWeights
+from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.callbacks.throughput import Throughput
 from distill.checkpoint import assign_strictly, read_checkpoint
 from distill.errors import ConfigError, WeightsError
@@ -60,13 +61,12 @@ def task(make_encoder, **changes) -> DistillationTask:
 
 def fit(module: DistillationTask, folder: Path, steps: int = 8, callbacks=(), settings=None, **arguments) -> Trainer:
     trainer = Trainer(
-        **(settings or {}),
         max_steps=steps,
         accelerator="cpu",
         default_root_dir=folder,
         logger=CSVLogger(folder, name="", version=""),
         callbacks=[
-            ModelCheckpoint(folder / "checkpoints", filename="last", enable_version_counter=False),
+            LastCheckpoint(folder / "checkpoints"),
             SaveInitialWeights(),
             Throughput(every_n_steps=2),
             *callbacks,
@@ -74,7 +74,7 @@ def fit(module: DistillationTask, folder: Path, steps: int = 8, callbacks=(), se
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=False,
         enable_model_summary=False,
-        num_sanity_val_steps=-1,
+        **({"num_sanity_val_steps": -1} | (settings or {})),
         log_every_n_steps=1,
     )
     trainer.fit(module, datamodule=RandomImages(), **arguments)
@@ -295,3 +295,28 @@ def test_gradients_are_clipped_under_a_fused_optimizer(make_encoder, tmp_path: P
     fit(module, tmp_path, steps=3, callbacks=[Norm()], settings=settings)
     assert min(norms) > 1e-3
     assert max(clipped) <= 1e-3 * 1.01
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"check_val_every_n_epoch": 2}, 12), ({"check_val_every_n_epoch": None, "val_check_interval": 3}, 7)],
+)
+def test_the_last_checkpoint_holds_the_last_step(make_encoder, tmp_path: Path, settings, steps: int) -> None:
+    fit(task(make_encoder), tmp_path, steps=steps, settings=settings)
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == steps
+
+
+def test_a_partial_sanity_check_gives_no_initial_values(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder)
+    fit(module, tmp_path, steps=1, settings={"num_sanity_val_steps": 2})
+    assert module.initial_metrics == {}
+
+
+def test_weights_are_read_on_the_cpu_whatever_the_default_device(make_encoder) -> None:
+    module = task(make_encoder)
+    devices = []
+    module.students["small"].load_weights = lambda: devices.append(torch.zeros(1).device.type)
+    module.teachers["big"].load_weights = lambda: devices.append(torch.zeros(1).device.type)
+    with torch.device("meta"):
+        module.configure_model()
+    assert devices == ["cpu", "cpu"]
