@@ -94,8 +94,8 @@ class CLIPViT(TimmEncoder):
 
         Raises:
             FileNotFoundError: a weight file is missing.
-            ValueError: the weights are not CLIP's or do not fit, or a configuration beside them says other heads, another
-                activation or another epsilon.
+            ValueError: the weights are not CLIP's or do not fit, or a configuration beside them says other heads,
+                another activation or another epsilon.
         """
         if self._weights == "random":
             model = build_random_model(self.timm_architecture, self.timm_model_args, init="timm", seed=self._seed)

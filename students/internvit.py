@@ -115,8 +115,8 @@ class InternViT(TimmEncoder):
 
         Raises:
             FileNotFoundError: a weight file or the calibration images are missing.
-            ValueError: the weights are neither CLIP's nor an InternViT's, or do not fit, or a configuration beside them says
-                other heads.
+            ValueError: the weights are neither CLIP's nor an InternViT's, or do not fit, or a configuration beside them
+                says other heads.
         """
         if self._weights == "random":
             return self._random_weights()

@@ -109,7 +109,7 @@ def _check_configs(directory: Path, student: Mapping[str, object]) -> None:
 
 
 def _transformers_settings(config: dict[str, Any]) -> dict[str, tuple[str, object]]:
-    """Return key and value of what transformers writes, by the student's name; the value is none where it says nothing."""
+    """Return key and value of what transformers writes, by the student's name; no value where it says nothing."""
     vision: dict[str, Any] = config.get("vision_config") or config
     # transformers leaves out of a saved configuration what is the default of its class.
     heads = _DEFAULT_HEADS.get(cast(str, vision.get("model_type", config.get("model_type"))))

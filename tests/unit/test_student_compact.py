@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
-from students import TimmStudent
+from students import CLIPViT, InternViT, TimmStudent
 
 SMALL_SWIN = {"depths": [1, 1], "embed_dim": 16, "num_heads": [1, 1], "window_size": 7, "patch_size": 2}
 MODELS = [
@@ -84,6 +85,93 @@ def test_a_timm_file_loads_without_its_classifier_and_with_resized_positions(tmp
     key = "blocks.0.attn.qkv.weight"
     assert torch.equal(state[key], source.state_dict()[key].half().float())
     assert torch.equal(state["pos_embed"][:, 0], source.state_dict()["pos_embed"][:, 0].half().float())
+
+
+@pytest.mark.parametrize(
+    ("model_args", "num_prefix"),
+    [
+        ({"reg_tokens": 4, "no_embed_class": True}, 0),
+        ({"class_token": False, "global_pool": "avg"}, 0),
+        ({"reg_tokens": 4}, 5),
+    ],
+    ids=["registers without positions", "no class token", "registers with positions"],
+)
+def test_positions_are_resized_behind_as_many_prefix_rows_as_the_model_has(
+    model_args: dict[str, object], num_prefix: int, tmp_path: Path
+) -> None:
+    source = timm.create_model("test_vit", num_classes=0, img_size=96, **model_args).state_dict()
+    save_file(source, tmp_path / "model.safetensors")
+    student = TimmStudent("test_vit", str(tmp_path), 64, model_args)
+    student.load_weights()
+    ours, stored = student.timm_state_dict()["pos_embed"], source["pos_embed"]
+    assert stored.shape == (1, num_prefix + 36, 64)
+    assert ours.shape == (1, num_prefix + 16, 64)
+    assert torch.equal(ours[:, :num_prefix], stored[:, :num_prefix])
+    grid = stored[0, num_prefix:].reshape(6, 6, 64).permute(2, 0, 1)[None]
+    expected = F.interpolate(grid, size=(4, 4), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+    torch.testing.assert_close(ours[0, num_prefix:].reshape(4, 4, 64), expected, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        patches = student.eval().forward_hidden_states(torch.rand(1, 3, 64, 64), 1)[0][1]
+    assert patches.shape == (1, 4, 4, 64)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's client, which may not reach the network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def put_in_cache(cache: Path, model_id: str, state: dict[str, torch.Tensor]) -> None:
+    folder, revision = cache / f"models--{model_id.replace('/', '--')}", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    (folder / "snapshots" / revision).mkdir(parents=True)
+    save_file(state, folder / "snapshots" / revision / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
+def test_pretrained_weights_are_those_of_the_download_and_move_no_random_state(name: str, hub_cache: Path) -> None:
+    source = timm.create_model(name).state_dict()
+    put_in_cache(hub_cache, f"timm/{name}.r160_in1k", source)
+    student = TimmStudent(name, "pretrained")
+    before = torch.get_rng_state()
+    student.load_weights()
+    assert torch.equal(before, torch.get_rng_state())
+    state = student.timm_state_dict()
+    assert len(state) > len(source) - 4
+    assert all(torch.equal(value, source[key]) for key, value in state.items())
+
+
+def test_pretrained_weights_that_lack_a_tensor_are_refused_rather_than_left_random(hub_cache: Path) -> None:
+    source = timm.create_model("test_vit").state_dict()
+    del source["blocks.0.attn.qkv.weight"]
+    put_in_cache(hub_cache, "timm/test_vit.r160_in1k", source)
+    with pytest.raises(
+        ValueError, match=r"could not load the pretrained weights of 'test_vit'.*(?s:.*)attn\.qkv\.weight"
+    ):
+        TimmStudent("test_vit", "pretrained").load_weights()
+
+
+def test_pretrained_weights_without_network_or_of_no_release_say_the_way_out(hub_cache: Path) -> None:
+    assert not list(hub_cache.iterdir())
+    with pytest.raises(
+        FileNotFoundError, match=r"could not fetch the pretrained weights of 'test_vit'(?s:.*)as `weights`"
+    ):
+        TimmStudent("test_vit", "pretrained").load_weights()
+    with pytest.raises(ValueError, match=r"could not load the pretrained weights of 'test_vit4'(?s:.*)list_pretrained"):
+        TimmStudent("test_vit4", "pretrained").load_weights()
+
+
+@pytest.mark.slow  # timm builds the whole ViT-L before it asks the hub
+@pytest.mark.parametrize("student_class", [CLIPViT, InternViT])
+def test_a_pretrained_clip_without_network_says_which_and_the_way_out(
+    student_class: type[CLIPViT] | type[InternViT], hub_cache: Path
+) -> None:
+    assert not list(hub_cache.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"vit_large_patch14_clip_quickgelu_336\.openai(?s:.*)as `weights`"):
+        student_class("pretrained").load_weights()
 
 
 def test_a_file_without_the_tensors_no_hidden_state_needs_is_complete(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from students import CLIPViT, InternViT, TimmStudent
+from students.images import CLIP_MEAN, CLIP_STD, normalise_images
 from students.timm_encoder import TimmEncoder
 
 TINY = {"img_size": 56, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -47,6 +48,27 @@ def test_uint8_and_float_images_give_the_same_hidden_states(images: Tensor) -> N
     with torch.no_grad():
         a, b = (student.forward_hidden_states(x, 1)[0][1] for x in (images, images.float() / 255))
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("image_dtype", [torch.uint8, torch.float32])
+def test_images_are_normalised_in_float32_by_exact_numbers(images: Tensor, image_dtype: torch.dtype) -> None:
+    given = images if image_dtype == torch.uint8 else images.float() / 255
+    kept = given.clone()
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    expected = (images.float() / 255 - mean) / std
+    assert torch.equal(normalise_images(given, CLIP_MEAN, CLIP_STD, torch.float32), expected)
+    assert torch.equal(given, kept)
+
+
+def test_a_student_cast_to_bfloat16_normalises_before_it_rounds(images: Tensor) -> None:
+    student = CLIPViT("random", **TINY)
+    student.load_weights()
+    pixels: list[Tensor] = []
+    student.bfloat16().eval().model.patch_embed.register_forward_pre_hook(lambda _, args: pixels.append(args[0]))
+    with torch.no_grad():
+        student.forward_hidden_states(images, 1)
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    assert torch.equal(pixels[0], ((images.float() / 255 - mean) / std).bfloat16())
 
 
 def test_the_last_layers_come_oldest_first_and_before_any_norm(images: Tensor) -> None:

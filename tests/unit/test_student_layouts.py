@@ -296,3 +296,94 @@ def test_a_missing_shard_and_a_shard_elsewhere_are_named(tmp_path: Path) -> None
     index.write_text(json.dumps({"weight_map": {"a": "../model-1.safetensors"}}))
     with pytest.raises(ValueError, match="must lie beside its index"):
         read_state_dict(tmp_path)
+
+
+CLIP_SETTINGS = {"num_attention_heads": 2, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+OPEN_CLIP_TOWER = {"width": 32, "head_width": 16}
+
+
+def transformers_config(**changes: object) -> dict[str, object]:
+    return {"model_type": "clip", "vision_config": {**CLIP_SETTINGS, **changes}}
+
+
+def open_clip_config(quick_gelu: bool = True, **changes: object) -> dict[str, object]:
+    return {"model_cfg": {"quick_gelu": quick_gelu, "vision_cfg": {**OPEN_CLIP_TOWER, **changes}}}
+
+
+def save_with_config(state: State, folder: Path, name: str, config: object) -> str:
+    (folder / name).write_text(json.dumps(config))
+    return str(save_open_clip(state, folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("config.json", transformers_config()),
+        ("config.json", {"model_type": "clip_vision_model", **CLIP_SETTINGS}),
+        ("config.json", {"architecture": "vit_large_patch14_clip_quickgelu_336", "num_classes": 768}),
+        ("open_clip_config.json", open_clip_config()),
+        ("open_clip_config.json", open_clip_config(norm_kwargs={"eps": 1e-5})),
+    ],
+)
+def test_a_configuration_that_agrees_with_the_student_is_accepted(
+    name: str, config: object, full_clip: State, tmp_path: Path
+) -> None:
+    weights = save_with_config(full_clip, tmp_path, name, config)
+    for student in (CLIPViT(weights, SIDE, **GEOMETRY), InternViT(weights, SIDE, **GEOMETRY)):
+        student.load_weights()
+        assert student.is_loaded
+
+
+@pytest.mark.parametrize("student_class", [CLIPViT, InternViT])
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("config.json", transformers_config(num_attention_heads=4), "says num_attention_heads 4;"),
+        ("config.json", {**CLIP_SETTINGS, "num_attention_heads": 8}, "says num_attention_heads 8;"),
+        ("config.json", {"model_type": "clip", "vision_config": {"hidden_size": 32}}, "says num_attention_heads 12;"),
+        ("open_clip_config.json", open_clip_config(head_width=8), "says width / head_width 4;"),
+    ],
+)
+def test_a_configuration_with_other_heads_is_refused(
+    student_class: type[CLIPViT] | type[InternViT],
+    name: str,
+    config: object,
+    message: str,
+    full_clip: State,
+    tmp_path: Path,
+) -> None:
+    weights = save_with_config(full_clip, tmp_path, name, config)
+    with pytest.raises(ValueError, match=f"/{name} {message} the student has num_heads 2"):
+        student_class(weights, SIDE, **GEOMETRY).load_weights()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("config.json", transformers_config(hidden_act="gelu"), "hidden_act 'gelu'; the student has act 'quick_gelu'"),
+        (
+            "config.json",
+            transformers_config(layer_norm_eps=1e-6),
+            "layer_norm_eps 1e-06; the student has norm_eps 1e-05",
+        ),
+        ("open_clip_config.json", open_clip_config(quick_gelu=False), "'gelu'; the student has act 'quick_gelu'"),
+        ("open_clip_config.json", open_clip_config(norm_kwargs={"eps": 1e-6}), "eps 1e-06; the student has norm_eps"),
+    ],
+)
+def test_a_clip_of_another_activation_or_epsilon_is_refused_by_the_clip_student_only(
+    name: str, config: object, message: str, full_clip: State, tmp_path: Path
+) -> None:
+    weights = save_with_config(full_clip, tmp_path, name, config)
+    with pytest.raises(ValueError, match=f"/{name} says .*{message}"):
+        CLIPViT(weights, SIDE, **GEOMETRY).load_weights()
+    student = InternViT(weights, SIDE, **GEOMETRY)
+    student.load_weights()
+    assert student.is_loaded
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"vision_config": 3}'])
+def test_a_damaged_configuration_is_named(text: str, full_clip: State, tmp_path: Path) -> None:
+    weights = str(save_open_clip(full_clip, tmp_path))
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"/config\.json is not a model configuration"):
+        CLIPViT(weights, SIDE, **GEOMETRY).load_weights()
