@@ -86,6 +86,19 @@ def _collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Tensor] | None, l
     return (default_collate(good) if good else None), [sample["error"] for sample in samples if "error" in sample]
 
 
+def choose_device(device: str) -> str:
+    """Return the device to run encoders on; "auto" takes a GPU when there is one.
+
+    Raises:
+        ConfigError: "cuda" was asked for, and torch sees no CUDA device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu.")
+    return device
+
+
 @torch.no_grad()
 def extract(
     encoder: nn.Module,

@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from distill.encoder import Encoder
 from distill.errors import ConfigError, DataError
 from distill.probe.encoders import NamedEncoder, comparison_pairs, resolve_encoders
-from distill.probe.features import Features, Grid, Pool, Precision, Samples, extract, grid_of
+from distill.probe.features import Features, Grid, Pool, Precision, Samples, choose_device, extract, grid_of
 from distill.probe.protocol import UNLABELLED, group_ids, split_for_probe, usable_classes
 from distill.probe.scores import Cohort, Scores, compare, score_encoder
 from distill.probe.tables import print_tables
@@ -106,7 +106,7 @@ def probe(
     _announce(encoders, console)
     widest = max(cast(Encoder, entry.module).embed_dim for entry in encoders)
     tokens = max(1, min(TOKENS_PER_IMAGE, TOKEN_BYTES // (4 * widest * len(rows))))
-    how = _Extraction(batch_size, _device(device), precision, num_workers, pool, tokens, seed)
+    how = _Extraction(batch_size, choose_device(device), precision, num_workers, pool, tokens, seed)
     dataset: Any = Subset(RowDataset(index, img_size_px), rows)
     cohort, scores = _score(encoders, dataset, index, img_size_px, how, console)
     result = _result(encoders, scores, cohort, index, data, how, img_size_px)
@@ -130,14 +130,6 @@ def _rows(index: DatasetIndex, domains: Sequence[str] | None) -> list[int]:
     if unknown:
         raise ConfigError(f"--domains {', '.join(unknown)} not in the data; it has {', '.join(index.domains)}.")
     return np.sort(np.concatenate([index.rows_of(domain) for domain in (domains or index.domains)])).tolist()
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return device
 
 
 def _announce(encoders: Sequence[NamedEncoder], console: Console) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from rich.console import Console
 
 from distill.checkpoint import RunDir
 from distill.data.fetch import RowDataset
 from distill.data.index import build_index
 from distill.errors import ConfigError, DataError, DistillError
+from distill.probe.features import choose_device
 from distill.report.curves import Chart, score_charts, training_charts, validation_charts
 from distill.report.feature_maps import MapRow, choose_images, map_rows
 from distill.report.html import Page, render, training_facts
@@ -79,7 +79,7 @@ def report(
     _add_probe(page, directory.path / "probe.json", figures)
     _add_curves(page, directory.metrics_files, figures)
     with console.status("feature maps: teacher and students on images of each domain"):
-        _add_maps(page, directory, data, images_per_domain, _device(device), figures)
+        _add_maps(page, directory, data, images_per_domain, choose_device(device), figures)
     _add_recipe(page, directory, data)
     _write(target, render(page), figures)
     return target
@@ -90,14 +90,6 @@ def _target(run: Path, out: Path | None) -> Path:
     if not target.parent.is_dir():
         raise ConfigError(f"--out {target}: the folder {target.parent} does not exist. Make it, or name another file.")
     return target
-
-
-def _device(device: Device) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return device
 
 
 def _draw(charts: Sequence[Chart], figures: dict[str, bytes]) -> list[str]:
