@@ -7,7 +7,9 @@ whatever autocast the training loop is in.
 
 from __future__ import annotations
 
+import timeit
 from abc import abstractmethod
+from functools import cache
 from typing import Literal, Self, TypeVar
 
 import torch
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 from teachers.images import RGB, check_image_size, normalise_images
 from teachers.weights import check_sha256
 
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {
+TORCH_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -31,6 +33,23 @@ WEIGHTS_RANDOM = "random"
 
 WEIGHTS_PRETRAINED = "pretrained"
 """The word that asks for a library's own download, alone or followed by a colon and a tag."""
+
+
+@cache
+def fast_dtype() -> torch.dtype:
+    """Return bfloat16 where this machine's GPU, or else its CPU, multiplies faster in it than in float32."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        is_fast = _product_s(torch.bfloat16) < _product_s(torch.float32)
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def _product_s(dtype: torch.dtype) -> float:
+    """Return the best time of a few small matrix products on the CPU, in seconds."""
+    matrix = torch.ones(256, 256, dtype=dtype, device="cpu")
+    return min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=5))
 
 
 def freeze(module: M) -> M:
@@ -46,7 +65,8 @@ class FrozenEncoder(nn.Module):
 
     Args:
         weights: what the subclass understands: a path, `"pretrained"` or `"random"`.
-        dtype: what the encoder computes in; also the dtype of the hidden states.
+        dtype: what the encoder computes in; also the dtype of the hidden states. "auto" means bfloat16 on a machine
+            that computes it fast, else float32: CPUs without bfloat16 instructions emulate it, eighty times slower.
         sha256: expected checksum of the weights, as `weights_sha256` gives it; verified before anything is read.
             None does not check.
     """
@@ -61,15 +81,15 @@ class FrozenEncoder(nn.Module):
 
     def __init__(self, *, weights: str, dtype: Dtype, sha256: str | None) -> None:
         super().__init__()
-        if dtype not in TORCH_DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; use one of {', '.join(TORCH_DTYPES)}.")
+        if dtype != "auto" and dtype not in TORCH_DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; use auto or one of {', '.join(TORCH_DTYPES)}.")
         if not weights:
             raise ValueError("weights is empty; name a file or directory, or say 'random' for untrained weights.")
         if sha256 is not None and weights.partition(":")[0] in (WEIGHTS_RANDOM, WEIGHTS_PRETRAINED):
             raise ValueError(f"sha256 is given, but weights is {weights!r}; only a file or directory can be checked.")
         self.weights = weights
         self.sha256 = sha256
-        self.dtype = TORCH_DTYPES[dtype]
+        self.dtype = fast_dtype() if dtype == "auto" else TORCH_DTYPES[dtype]
         self.is_loaded = False
 
     def _describe(self, layer_dims: tuple[int, ...], patch_size: int, num_prefix_tokens: int) -> None:

@@ -148,7 +148,7 @@ class InternViT(FrozenEncoder):
         architecture: name of a release (see `INTERNVIT_RELEASES`), or the fields of an `InternViTConfig`.
         select_layer: which hidden state counts as the last, from -1 (the last block) to -depth. None takes what the
             release's model card says: -4 for the two with 48 blocks, else -1.
-        dtype: what the encoder computes in; also the dtype of its hidden states.
+        dtype: what the encoder computes in; also the dtype of its hidden states. "auto" is bfloat16 where that is fast.
         attention: the kernel; `auto` is PyTorch's fused attention, except for bfloat16 on a CPU.
         seed: of untrained weights.
         sha256: expected `weights_sha256` of the weights; None does not check.

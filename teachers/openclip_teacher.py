@@ -51,7 +51,7 @@ class OpenClipTeacher(FrozenEncoder):
         image_mean: channel means the weights were trained with; None is what open_clip records for the directory or
             tag, or for all tags of the model if they agree.
         image_std: channel standard deviations, likewise.
-        dtype: what the encoder computes in; also the dtype of its hidden states.
+        dtype: what the encoder computes in; also the dtype of its hidden states. "auto" is bfloat16 where that is fast.
         seed: of untrained weights.
         sha256: expected `weights_sha256` of the weights; None does not check. Not for `"pretrained"`.
 

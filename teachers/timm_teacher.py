@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from teachers.efficientnet_keys import is_efficientnet_pytorch, to_timm_names
+from teachers.fold_norms import fold_batch_norms
 from teachers.frozen import WEIGHTS_PRETRAINED, WEIGHTS_RANDOM, Dtype, FrozenEncoder, freeze
 from teachers.images import as_rgb
 from teachers.sources import find_file, resolve_directory, resolve_path
@@ -38,7 +39,7 @@ class TimmTeacher(FrozenEncoder):
             does (bicubic, antialiased). None is the model's own. Models that take any size refuse it.
         image_mean: channel means the weights were trained with; None is what timm records for the model.
         image_std: channel standard deviations, likewise.
-        dtype: what the encoder computes in; also the dtype of its hidden states.
+        dtype: what the encoder computes in; also the dtype of its hidden states. "auto" is bfloat16 where that is fast.
         seed: of untrained weights.
         sha256: expected `weights_sha256` of the weights; None does not check. Not for `"pretrained"`.
 
@@ -102,7 +103,7 @@ class TimmTeacher(FrozenEncoder):
             else:
                 model = self._read(find_file(resolve_path(self.weights), _DIRECTORY_WEIGHTS))
         cast(Any, model).reset_classifier(0)
-        self.model = model.to(device=device, dtype=self.dtype)
+        self.model = fold_batch_norms(model.float()).to(device=device, dtype=self.dtype)
 
     def _download(self) -> nn.Module:
         # Without `num_classes`, as timm loads leniently when that differs from the checkpoint's.
