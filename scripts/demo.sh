@@ -26,7 +26,7 @@ step "Exporting the student; each export is loaded by its consumer in a fresh pr
 distill export "$run" --format all --overwrite true
 
 step "Probing the student beside its initialisation and its teacher, on the held-out images"
-distill probe "$run" --data "$images/heldout" --precision bfloat16
+distill probe "$run" --data "$images/heldout" --precision auto
 
 step "Writing the report"
 distill report "$run"

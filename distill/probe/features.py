@@ -19,9 +19,11 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from distill.encoder import Encoder, Layer
 from distill.errors import ConfigError, DataError
+from distill.precision import choose_precision
 
 Pool = Literal["mean", "prefix", "mean_prefix"]
 Precision = Literal["float32", "bfloat16"]
+PrecisionChoice = Literal["auto", "float32", "bfloat16"]
 Grid = tuple[int, int]
 
 MAX_BAD_FRACTION = 0.01
@@ -97,6 +99,13 @@ def choose_device(device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu.")
     return device
+
+
+def choose_dtype(precision: PrecisionChoice, device: str) -> Precision:
+    """Return the precision to run encoders in; "auto" takes bfloat16 where the device computes it fast."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if choose_precision("cuda" if device == "cuda" else "cpu") == "bf16-mixed" else "float32"
 
 
 @torch.no_grad()

@@ -18,7 +18,18 @@ from torch.utils.data import Subset
 from distill.encoder import Encoder
 from distill.errors import ConfigError, DataError
 from distill.probe.encoders import NamedEncoder, comparison_pairs, resolve_encoders
-from distill.probe.features import Features, Grid, Pool, Precision, Samples, choose_device, extract, grid_of
+from distill.probe.features import (
+    Features,
+    Grid,
+    Pool,
+    Precision,
+    PrecisionChoice,
+    Samples,
+    choose_device,
+    choose_dtype,
+    extract,
+    grid_of,
+)
 from distill.probe.protocol import UNLABELLED, group_ids, split_for_probe, usable_classes
 from distill.probe.scores import Cohort, Scores, compare, score_encoder
 from distill.probe.tables import print_tables
@@ -58,7 +69,7 @@ def probe(
     img_size_px: int = 448,
     batch_size: int = 32,
     pool: Pool = "mean",
-    precision: Precision = "float32",
+    precision: PrecisionChoice = "float32",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     num_workers: int = 0,
 ) -> Path:
@@ -79,7 +90,8 @@ def probe(
         img_size_px: side of the square images, in pixels.
         batch_size: images a forward pass on a GPU; a CPU is fastest with four, and never takes more.
         pool: mean over patch tokens, the class token (prefix), or both side by side.
-        precision: bfloat16 runs the encoders under autocast; one that fixes its own dtype keeps it.
+        precision: bfloat16 runs the encoders under autocast (one that fixes its own dtype keeps it); auto does so where
+            the device computes it fast.
         device: where encoders run; auto takes a GPU when there is one.
         num_workers: processes that decode images; 0 decodes in this one.
 
@@ -106,7 +118,8 @@ def probe(
     _announce(encoders, console)
     widest = max(cast(Encoder, entry.module).embed_dim for entry in encoders)
     tokens = max(1, min(TOKENS_PER_IMAGE, TOKEN_BYTES // (4 * widest * len(rows))))
-    how = _Extraction(batch_size, choose_device(device), precision, num_workers, pool, tokens, seed)
+    place = choose_device(device)
+    how = _Extraction(batch_size, place, choose_dtype(precision, place), num_workers, pool, tokens, seed)
     dataset: Any = Subset(RowDataset(index, img_size_px), rows)
     cohort, scores = _score(encoders, dataset, index, img_size_px, how, console)
     result = _result(encoders, scores, cohort, index, data, how, img_size_px)
