@@ -78,6 +78,12 @@ def augment(image: Tensor, config: Augmentation, generator: np.random.Generator)
     return image
 
 
+def smallest_source_px(config: Augmentation, img_size_px: int) -> int:
+    """Return the side below which a source image would have to be enlarged after the smallest crop."""
+    stretch = max(ASPECT_RATIOS) if config.crop_scale_min < 1 else 1.0
+    return math.ceil(img_size_px * math.sqrt(stretch / config.crop_scale_min))
+
+
 def _reencode(image: Tensor, quality: int) -> Tensor:
     # Pillow writes from HWC memory, which the image has: half the time of torchvision's encoder, which takes CHW.
     buffer = BytesIO()

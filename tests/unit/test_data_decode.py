@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.data.decode import decode_image
+from distill.data.decode import MAX_SCANNED_PIXELS, decode_image
 from distill.data.image_header import ImageError
 from distill.data.randomness import generator_for
 from distill.data.transforms import Augmentation, augment, square_view
@@ -136,6 +136,42 @@ def test_a_pixel_bomb_is_refused_from_its_header(side_px: int) -> None:
         warnings.simplefilter("error")
         with pytest.raises(ImageError, match="64,000,000 pixels"):
             decode_image(png_bomb(side_px))
+
+
+def progressive_bomb(side_px: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan is written again and again: small, and slow to decode."""
+    data = encoded(Image.new("RGB", (side_px, side_px), (9, 80, 200)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * scans + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_decoding() -> None:
+    bomb = progressive_bomb(2000, 400)
+    assert len(bomb) < 10 << 20
+    with pytest.raises(ImageError, match="scans of 4,000,000 pixels"):
+        decode_image(bomb)
+
+
+def test_progressive_jpegs_of_usual_encoders_decode_at_any_allowed_size() -> None:
+    small = decode_image(encoded(picture(300, 200), "JPEG", progressive=True))
+    assert small.shape == (3, 200, 300)
+    large = encoded(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True)
+    assert large.count(b"\xff\xda") * 64_000_000 <= MAX_SCANNED_PIXELS
+
+
+@pytest.mark.parametrize(("size", "expected"), [((2000, 1500), (1000, 750)), ((800, 600), (800, 600))])
+def test_scaled_decoding_halves_large_jpegs_and_leaves_small_ones(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    data = encoded(picture(*size), "JPEG", quality=92)
+    image = decode_image(data, min_size_px=448)
+    assert image.shape == (3, expected[1], expected[0])
+    assert psnr_db(square_view(image, 448), reference(data)) >= 35
+
+
+def test_scaled_decoding_leaves_png_as_it_is() -> None:
+    data = encoded(picture(2000, 1500), "PNG")
+    assert torch.equal(decode_image(data, min_size_px=448), decode_image(data))
 
 
 def test_a_bad_image_is_a_data_error() -> None:
