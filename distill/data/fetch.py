@@ -16,7 +16,7 @@ from distill.data.index import DatasetIndex
 from distill.data.plan import SamplePlan
 from distill.data.randomness import AUGMENT_STREAM, generator_for
 from distill.data.shard_reader import ShardReader
-from distill.data.transforms import NO_AUGMENTATION, Augmentation, augment, square_view
+from distill.data.transforms import NO_AUGMENTATION, Augmentation, augment, smallest_source_px, square_view
 from distill.errors import ConfigError, DataError
 
 Batch = dict[str, Any]
@@ -35,17 +35,20 @@ class RowDataset(Dataset[dict[str, Any]]):
     Args:
         index: the samples.
         img_size_px: S, side of the square view.
+        min_decoded_px: decode large JPEGs at a fraction of their size that keeps at least so many pixels on both sides;
+            None decodes whole.
 
     Raises:
         ConfigError: `img_size_px` is below 1.
     """
 
-    def __init__(self, index: DatasetIndex, img_size_px: int) -> None:
+    def __init__(self, index: DatasetIndex, img_size_px: int, min_decoded_px: int | None = None) -> None:
         if img_size_px < 1:
             raise ConfigError(f"img_size_px is {img_size_px}; it must be at least 1.")
         self.index = index
         self.img_size_px = img_size_px
-        self.reader = ShardReader(index.shards)
+        self.min_decoded_px = min_decoded_px
+        self.reader = ShardReader(index.shards, shard_cache=index.shard_cache)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,14 +69,15 @@ class RowDataset(Dataset[dict[str, Any]]):
         return self.item(row, image)
 
     def decode(self, row: int) -> Tensor:
-        """Return one image's pixels, `[3, H, W]` uint8, at their own size.
+        """Return one image's pixels, `[3, H, W]` uint8, at their own size unless `min_decoded_px` allows less.
 
         Raises:
             ImageError: the image cannot be decoded.
             DataError: its shard cannot be read.
         """
         index = self.index
-        return decode_image(self.reader.read(int(index.shard_ids[row]), int(index.offsets[row]), int(index.sizes[row])))
+        data = self.reader.read(int(index.shard_ids[row]), int(index.offsets[row]), int(index.sizes[row]))
+        return decode_image(data, min_size_px=self.min_decoded_px)
 
     def item(self, row: int, image: Tensor) -> dict[str, Any]:
         """Return what an item holds, with a given view as its image."""
@@ -94,7 +98,7 @@ class BadSample:
         attempt: 0 for the planned sample, above 0 for a substitute that was bad too.
         row: its row.
         domain: its domain.
-        shard: path of its shard.
+        shard: path or URL of its shard.
         key: its key.
         reason: why.
     """
@@ -119,6 +123,7 @@ class PlannedDataset(Dataset[dict[str, Any]]):
         plan: which row stands where.
         img_size_px: side of the square view.
         augmentation: what happens to an image before it is resized; depends on the plan's seed and the place alone.
+        scaled_decoding: decode large JPEGs at a fraction of their size, where no crop could need more.
     """
 
     def __init__(
@@ -126,10 +131,13 @@ class PlannedDataset(Dataset[dict[str, Any]]):
         plan: SamplePlan,
         img_size_px: int,
         augmentation: Augmentation = NO_AUGMENTATION,
+        *,
+        scaled_decoding: bool = False,
     ) -> None:
         self.plan = plan
         self.augmentation = augmentation
-        self.rows = RowDataset(plan.index, img_size_px)
+        min_decoded_px = smallest_source_px(augmentation, img_size_px) if scaled_decoding else None
+        self.rows = RowDataset(plan.index, img_size_px, min_decoded_px)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the sample at a place of the plan.
@@ -161,7 +169,7 @@ class PlannedDataset(Dataset[dict[str, Any]]):
     def _bad(self, index: int, attempt: int, row: int, reason: str) -> BadSample:
         data = self.plan.index
         shard = data.shards[int(data.shard_ids[row])]
-        return BadSample(index, attempt, row, shard.domain, str(shard.path), data.key_of(row), reason)
+        return BadSample(index, attempt, row, shard.domain, shard.shown, data.key_of(row), reason)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:

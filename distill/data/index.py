@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.index_file import read_shard_index
+from distill.data.index_file import IndexFiles
+from distill.data.indexing import read_indexes
+from distill.data.shard_cache_config import ShardCacheConfig
 from distill.data.shard_index import ShardIndex
 from distill.data.shards import ShardSpec, find_shards
+from distill.data.stores import is_remote, name_of, shown
 from distill.errors import DataError
 
 __all__ = ["DatasetIndex", "Shard", "build_index", "find_shards"]
@@ -26,17 +29,32 @@ class Shard:
 
     Attributes:
         domain: the domain it belongs to.
-        path: where it is.
+        location: where it is, a local path or a URL.
         num_bytes: its size.
         sha256: of the whole file, hex.
         first_row: row of its first sample.
     """
 
     domain: str
-    path: Path
+    location: str
     num_bytes: int
     sha256: str
     first_row: int
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return name_of(self.location)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies behind a URL."""
+        return is_remote(self.location)
+
+    @property
+    def shown(self) -> str:
+        """Where it is, as it may be printed: without user, password and query."""
+        return shown(self.location)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class DatasetIndex:
         group_names: group names over all domains.
         key_bytes: all keys in UTF-8, one after the other.
         key_ends: int64 `[N]`, where each key ends in `key_bytes`.
+        shard_cache: how shards behind URLs are fetched; None means the usual folder and limit.
     """
 
     domains: tuple[str, ...]
@@ -76,6 +95,7 @@ class DatasetIndex:
     group_names: tuple[str, ...]
     key_bytes: bytes
     key_ends: NDArray[np.int64]
+    shard_cache: ShardCacheConfig | None = None
 
     def __len__(self) -> int:
         return len(self.shard_ids)
@@ -83,7 +103,7 @@ class DatasetIndex:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, hex, over the sorted (domain, shard name, shard SHA-256): equal data, equal fingerprint."""
-        manifest = sorted((shard.domain, shard.path.name, shard.sha256) for shard in self.shards)
+        manifest = sorted((shard.domain, shard.name, shard.sha256) for shard in self.shards)
         return hashlib.sha256(json.dumps(manifest, separators=(",", ":")).encode()).hexdigest()
 
     @property
@@ -103,8 +123,8 @@ class DatasetIndex:
         return self.key_bytes[start : int(self.key_ends[row])].decode()
 
     def name_of(self, row: int) -> str:
-        """Return "shard path: key", by which a person finds a sample."""
-        return f"{self.shards[int(self.shard_ids[row])].path}: {self.key_of(row)}"
+        """Return "shard: key", by which a person finds a sample."""
+        return f"{self.shards[int(self.shard_ids[row])].shown}: {self.key_of(row)}"
 
     def range_of(self, domain: str) -> range:
         """Return a domain's rows, which stand together.
@@ -140,32 +160,75 @@ class DatasetIndex:
         return replace(self, domains=tuple(domains), domain_ids=numbers[self.domain_ids])
 
 
+MAX_LISTED_FAULTS = 20
+
+
 def build_index(
-    shards: ShardSpec, *, index_dir: Path | None = None, reuse: bool = True, key: str = "shards"
+    shards: ShardSpec,
+    *,
+    index_dir: Path | None = None,
+    reuse: bool = True,
+    key: str = "shards",
+    shard_cache: ShardCacheConfig | None = None,
+    num_workers: int | None = None,
 ) -> DatasetIndex:
     """Read the index of every shard, making those that are missing or out of date, and join them.
 
     Args:
         shards: as for `find_shards`.
-        index_dir: folder for index files; None means `.distill-index` beside each shard.
+        index_dir: folder for index files; None means `.distill-index` beside each local shard, and
+            ~/.cache/encoder-distill/index for shards behind URLs.
         reuse: False reads every shard again, whatever index files there are.
         key: the configuration key that `shards` came from, for messages.
+        shard_cache: where and how shards behind URLs are fetched; None means the usual.
+        num_workers: as for `read_indexes`. A program that starts more than one process needs
+            `if __name__ == "__main__":` around what it does.
 
     Raises:
         ConfigError: the shards are not named rightly, or the index cannot be written.
-        DataError: a shard is missing, empty, damaged, or holds something that is not allowed.
+        DataError: shards are missing, empty, damaged, or hold something that is not allowed; all of them are named.
     """
-    found = find_shards(shards, key=key)
-    domains, paths = zip(*((domain, path) for domain, of_domain in found.items() for path in of_domain), strict=True)
-    return join(domains, paths, [read_shard_index(path, index_dir=index_dir, reuse=reuse) for path in paths])
+    cache = shard_cache or ShardCacheConfig()
+    found = find_shards(shards, key=key, stores=cache.stores)
+    pairs = [(domain, location) for domain, of_domain in found.items() for location in of_domain]
+    files = IndexFiles(index_dir, reuse, cache)
+    results = read_indexes([location for _, location in pairs], files, num_workers=num_workers)
+    faults = [result for result in results if isinstance(result, DataError)]
+    if faults:
+        raise faults_error(faults, len(pairs))
+    return join_usable(pairs, results, cache)
 
 
-def join(domains: Sequence[str], paths: Sequence[Path], parts: Sequence[ShardIndex]) -> DatasetIndex:
+def join_usable(
+    pairs: Sequence[tuple[str, str]], results: Sequence[ShardIndex | DataError], shard_cache: ShardCacheConfig
+) -> DatasetIndex:
+    """Join the indexes of those shards that have one.
+
+    Args:
+        pairs: domain and location of each shard, in row order.
+        results: index of each shard, or what is wrong with it.
+        shard_cache: how shards behind URLs are fetched.
+    """
+    usable = [(pair, part) for pair, part in zip(pairs, results, strict=True) if not isinstance(part, DataError)]
+    domains, locations = zip(*(pair for pair, _ in usable), strict=True)
+    return replace(join(domains, locations, [part for _, part in usable]), shard_cache=shard_cache)
+
+
+def faults_error(faults: Sequence[DataError], num_shards: int) -> DataError:
+    """Return one error that names all shards that cannot be used."""
+    if len(faults) == 1:
+        return DataError(str(faults[0]))
+    listed = "".join(f"\n  - {fault}" for fault in faults[:MAX_LISTED_FAULTS])
+    more = f"\n  and {len(faults) - MAX_LISTED_FAULTS:,} more." if len(faults) > MAX_LISTED_FAULTS else ""
+    return DataError(f"{len(faults):,} of {num_shards:,} shards cannot be used:{listed}{more}")
+
+
+def join(domains: Sequence[str], locations: Sequence[str], parts: Sequence[ShardIndex]) -> DatasetIndex:
     """Join the indexes of shards that stand in row order.
 
     Args:
         domains: domain of each shard.
-        paths: path of each shard.
+        locations: path or URL of each shard.
         parts: index of each shard.
     """
     names = tuple(dict.fromkeys(domains))
@@ -178,8 +241,8 @@ def join(domains: Sequence[str], paths: Sequence[Path], parts: Sequence[ShardInd
     return DatasetIndex(
         domains=names,
         shards=tuple(
-            Shard(domain, path, part.num_bytes, part.sha256, start)
-            for domain, path, part, start in zip(domains, paths, parts, starts, strict=True)
+            Shard(domain, location, part.num_bytes, part.sha256, start)
+            for domain, location, part, start in zip(domains, locations, parts, starts, strict=True)
         ),
         shard_ids=np.repeat(np.arange(len(parts), dtype=np.int32), counts),
         domain_ids=np.repeat(domain_of_shard, counts),

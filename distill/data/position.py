@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distill.data.index import DatasetIndex
+from distill.data.plan import SamplePlan
+from distill.data.plan_segments import Schedule, Segment, WeightChange, segment_on_new_data
 from distill.errors import DataError
 
 
@@ -16,23 +19,27 @@ class PlanPosition:
     Attributes:
         consumed: plan positions that the model has gone through, over all ranks.
         within_step: how many of these belong to an optimiser step that was not finished; 0 at a step's end.
-        global_step: optimiser steps finished.
+        step: optimiser steps that were finished, by the plan: a global batch each.
         fingerprint: SHA-256 of the training data, hex.
         seed: of the plan.
-        weights: of the domains.
+        shuffle_window: of the plan.
+        segments: the mixes that were begun, in order.
         global_batch_size: images an optimiser step. Another value may go on from here: the plan is by sample.
         accumulated: batches an optimiser step.
-        epoch_batches: batches of the present epoch that the model has gone through.
+        batches: batches that the model has gone through on one rank, over all epochs.
+        epoch_batches: those of the present epoch.
     """
 
     consumed: int
     within_step: int
-    global_step: int
+    step: int
     fingerprint: str
     seed: int
-    weights: dict[str, float]
+    shuffle_window: int | None
+    segments: list[Segment]
     global_batch_size: int
     accumulated: int
+    batches: int
     epoch_batches: int
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,25 +54,38 @@ class PlanPosition:
             DataError: it is not that of this version.
         """
         try:
-            return cls(**state)
-        except TypeError as error:
+            values: dict[str, Any] = {**state, "segments": [Segment(**segment) for segment in state["segments"]]}
+            return cls(**values)
+        except (TypeError, KeyError) as error:
             raise DataError(
                 f"The checkpoint's data position has the fields {', '.join(state)}, which this version does not "
                 "read; resume with the version that wrote it."
             ) from error
 
-    def check_continues(self, saved: PlanPosition) -> None:
+    @property
+    def step_start(self) -> tuple[int, int]:
+        """The position that the present optimiser step starts at, and its number."""
+        return self.consumed - self.within_step, self.step
+
+    def check_continues(self, saved: PlanPosition, *, allow_new_data: bool = False) -> None:
         """Refuse to go on from a position in another plan, or from one that cannot be met exactly.
 
+        Args:
+            saved: where to go on from.
+            allow_new_data: whether other data may follow.
+
         Raises:
-            DataError: data, seed or weights differ, or the number of accumulated batches changed in the middle of a
+            DataError: seed, window or data differ, or the number of accumulated batches changed in the middle of a
                 step's batches.
         """
         advice = {
-            "fingerprint": "restore the shards that data.train had",
             "seed": "set data.seed back",
-            "weights": "set data.weights back",
+            "shuffle_window": "set data.shuffle_window back",
+            "fingerprint": "restore the shards that data.train had, set data.allow_new_data to true to go on with the "
+            "new ones from here",
         }
+        if allow_new_data:
+            del advice["fingerprint"]
         for name, remedy in advice.items():
             mine, theirs = getattr(self, name), getattr(saved, name)
             if mine != theirs:
@@ -73,9 +93,71 @@ class PlanPosition:
                     f"The checkpoint's data differs in its {name}: {theirs} there, {mine} here; {remedy}, or start a "
                     "new run."
                 )
+        if saved.within_step and saved.global_batch_size != self.global_batch_size:
+            raise DataError(
+                f"The checkpoint was saved within an optimiser step of {saved.global_batch_size} images; with "
+                f"data.global_batch_size = {self.global_batch_size} that step cannot be finished. Set it back, or "
+                "resume from a checkpoint of a step's end."
+            )
         if saved.accumulated != self.accumulated and saved.epoch_batches % self.accumulated:
             raise DataError(
                 f"The checkpoint was saved after {saved.epoch_batches} batches of an epoch with "
                 f"trainer.accumulate_grad_batches = {saved.accumulated}; with {self.accumulated} the next optimiser "
                 "step would be cut short. Set it back, or resume from the end of an epoch."
             )
+
+
+def lay_plan(
+    index: DatasetIndex,
+    schedule: Schedule,
+    *,
+    seed: int,
+    shuffle_window: int | None,
+    global_batch_size: int,
+    saved: PlanPosition | None = None,
+) -> SamplePlan:
+    """Return the plan of a new run, or of one that goes on: what was gone through stays, the rest is as scheduled.
+
+    Args:
+        index: the training data.
+        schedule: the mix of each optimiser step.
+        seed: of the plan.
+        shuffle_window: of the plan.
+        global_batch_size: images an optimiser step, from here on.
+        saved: where to go on from; None means from the start.
+
+    Raises:
+        DataError: the schedule would have mixed what was gone through otherwise.
+        ConfigError: seed or window are out of range.
+    """
+    begun = _begun(index, schedule, saved) if saved else []
+    position, step = saved.step_start if saved and begun else (0, 0)
+    plan = SamplePlan(index, schedule.at(step), seed, shuffle_window=shuffle_window, segments=begun)
+    for change in schedule.after(step):
+        plan = plan.with_change(position + (change.from_step - step) * global_batch_size, change)
+    return plan
+
+
+def _begun(index: DatasetIndex, schedule: Schedule, saved: PlanPosition) -> list[Segment]:
+    """Return the segments of which samples were gone through, and one on the new data where these are new.
+
+    Raises:
+        DataError: the schedule would have mixed them otherwise.
+    """
+    begun = [segment for segment in saved.segments if segment.start < saved.consumed]
+    if not begun:
+        return []
+    step = saved.step
+    if saved.fingerprint != index.fingerprint:
+        return [*begun, segment_on_new_data(index, schedule.at(step), begun[-1], (saved.consumed, step))]
+    on_this_data = [segment for segment in begun if segment.data == begun[-1].data]
+    schedule.check_past(on_this_data, step if saved.within_step else step - 1)
+    if not saved.within_step and schedule.at(step) != begun[-1].weights:
+        # The change falls on the very step that comes next.
+        change = WeightChange(step, schedule.at(step))
+        return [*begun, _segment(begun[-1], saved.consumed, change)]
+    return begun
+
+
+def _segment(before: Segment, start: int, change: WeightChange) -> Segment:
+    return Segment(start, change.from_step, change.weights, before.passed_at(start), before.data)

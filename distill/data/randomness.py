@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 AUGMENT_STREAM = 0
 SUBSTITUTE_STREAM = 1
@@ -20,3 +21,14 @@ def generator_for(seed: int, position: int, stream: int) -> np.random.Generator:
     # Philox is a counter-based generator: the key says which sequence, the counter where in it. The lowest counter word
     # is left to the draws themselves.
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, position, 0, 0]))
+
+
+def permutation(size: int, seed: int) -> NDArray[np.int64]:
+    """Return the numbers below `size` in an order that depends on the arguments alone, int64 `[size]`.
+
+    Args:
+        size: how many, at least 1.
+        seed: at least 0.
+    """
+    # NumPy promises that a bit generator's raw output stays the same in every release; `Generator.permutation` may not.
+    return np.argsort(np.random.Philox(key=seed).random_raw(size), kind="stable")

@@ -63,6 +63,35 @@ class PlanSampler(Sampler[list[int]]):
             yield list(range(begin + self.rank, begin + self.global_batch_size, self.world_size))
 
 
+def epoch_and_batch(
+    global_batch_size: int, num_rows: int, samples_per_epoch: int | None, world_size: int, accumulated: int
+) -> tuple[int, int]:
+    """Return how many samples an epoch has, and how many images a batch has over all ranks.
+
+    Args:
+        global_batch_size: images an optimiser step.
+        num_rows: samples of the training data.
+        samples_per_epoch: as many as are wanted; None means all. An incomplete last global batch is left out.
+        world_size: the number of processes.
+        accumulated: batches an optimiser step.
+
+    Raises:
+        ConfigError: the global batch cannot be shared out, or an epoch is shorter than one.
+    """
+    if global_batch_size % (accumulated * world_size):
+        raise ConfigError(
+            f"data.global_batch_size {global_batch_size} is no multiple of {world_size} device(s) x "
+            f"{accumulated} accumulated batch(es) (trainer.accumulate_grad_batches) = {accumulated * world_size}."
+        )
+    if samples_per_epoch is not None and samples_per_epoch < global_batch_size:
+        raise ConfigError(
+            f"data.samples_per_epoch {samples_per_epoch} is below data.global_batch_size {global_batch_size}; raise it."
+        )
+    # A set smaller than a batch is repeated within it.
+    samples = max(global_batch_size, samples_per_epoch or num_rows)
+    return samples // global_batch_size * global_batch_size, global_batch_size // accumulated
+
+
 class EvenSampler(Sampler[list[int]]):
     """Every row once, in order, over all ranks: none twice and none left out.
 

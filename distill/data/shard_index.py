@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,7 +31,8 @@ class ShardIndex:
     Attributes:
         name: file name of the shard.
         num_bytes: its size.
-        mtime_ns: its modification time when it was read.
+        version: what tells this state of it from another of the same size: the time of change of a file in ns, the
+            ETag or time of change of an object.
         sha256: of the whole file, hex.
         keys: n sample keys.
         offsets: int64 `[n]`, where the image's bytes begin.
@@ -45,7 +47,7 @@ class ShardIndex:
 
     name: str
     num_bytes: int
-    mtime_ns: int
+    version: str
     sha256: str
     keys: list[str]
     offsets: NDArray[np.int64]
@@ -62,7 +64,7 @@ class ShardIndex:
 
 
 def scan_shard(shard: Path) -> ShardIndex:
-    """Read a whole shard and return its index.
+    """Read a whole local shard and return its index.
 
     Raises:
         DataError: it is empty, damaged, changes meanwhile, or holds something that is not allowed.
@@ -70,21 +72,37 @@ def scan_shard(shard: Path) -> ShardIndex:
     """
     with shard.open("rb") as file:
         before = os.fstat(file.fileno())
-        samples = _group_by_key(file, shard)
-        rows = [_read_sample(file, shard, key, members) for key, members in samples.items()]
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        index = scan_file(file, str(shard), name=shard.name, version=str(before.st_mtime_ns))
         after = os.fstat(file.fileno())
-    if not rows:
-        raise DataError(f"{shard} holds no sample; leave it out or write it again.")
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise DataError(f"{shard} changed while it was read; index it when it is complete.")
+    return index
+
+
+def scan_file(file: BufferedReader, shard: str, *, name: str, version: str) -> ShardIndex:
+    """Read a whole shard from an open file and return its index.
+
+    Args:
+        file: the tar, seekable.
+        shard: what messages call it.
+        name: its file name.
+        version: what tells its present state from another.
+
+    Raises:
+        DataError: it is empty, damaged, or holds something that is not allowed.
+    """
+    samples = _group_by_key(file, shard)
+    rows = [_read_sample(file, shard, key, members) for key, members in samples.items()]
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not rows:
+        raise DataError(f"{shard} holds no sample; leave it out or write it again.")
     label_codes, label_names = _encode([row.label for row in rows])
     group_codes, group_names = _encode([row.group for row in rows])
     return ShardIndex(
-        name=shard.name,
-        num_bytes=after.st_size,
-        mtime_ns=after.st_mtime_ns,
+        name=name,
+        num_bytes=file.seek(0, os.SEEK_END),
+        version=version,
         sha256=digest,
         keys=list(samples),
         offsets=np.array([row.image.offset for row in rows], dtype=np.int64),
@@ -107,14 +125,14 @@ class _Sample:
     group: str | None
 
 
-def _group_by_key(file: BinaryIO, shard: Path) -> dict[str, list[Member]]:
+def _group_by_key(file: BinaryIO, shard: str) -> dict[str, list[Member]]:
     samples: dict[str, list[Member]] = {}
     for member in read_members(file, shard):
         samples.setdefault(member.key, []).append(member)
     return samples
 
 
-def _read_sample(file: BinaryIO, shard: Path, key: str, members: list[Member]) -> _Sample:
+def _read_sample(file: BinaryIO, shard: str, key: str, members: list[Member]) -> _Sample:
     images = [member for member in members if member.extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
         raise DataError(
@@ -148,14 +166,14 @@ def _image_size(file: BinaryIO, member: Member) -> tuple[int, int]:
     return 0, 0
 
 
-def _read_cls(file: BinaryIO, shard: Path, member: Member) -> str:
+def _read_cls(file: BinaryIO, shard: str, member: Member) -> str:
     found = _CLS.fullmatch(_read(file, member)) if member.size <= MAX_CLS_BYTES else None
     if found is None:
         raise DataError(f"{shard}: {member.key}.cls is no class number; it must hold one integer from 0 on, in ASCII.")
     return str(int(found[1]))
 
 
-def _read_json(file: BinaryIO, shard: Path, member: Member) -> tuple[str | None, str | None]:
+def _read_json(file: BinaryIO, shard: str, member: Member) -> tuple[str | None, str | None]:
     name = f"{shard}: {member.key}.json"
     if member.size > MAX_JSON_BYTES:
         raise DataError(f"{name} has {member.size:,} bytes; {MAX_JSON_BYTES:,} are allowed.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from distill.errors import DataError
@@ -42,7 +42,7 @@ class Member:
     size: int
 
 
-def read_members(file: BinaryIO, path: Path) -> Iterator[Member]:
+def read_members(file: BinaryIO, path: str) -> Iterator[Member]:
     """Yield the regular files of a plain tar in their order.
 
     Args:
@@ -78,7 +78,7 @@ def read_members(file: BinaryIO, path: Path) -> Iterator[Member]:
 class _HeaderReader:
     """Gives tarfile the headers of a file: an extended one may announce any size, and tarfile would read it whole."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: BinaryIO, path: str) -> None:
         self.file, self.path = file, path
         self.seek, self.tell = file.seek, file.tell
 
@@ -88,7 +88,7 @@ class _HeaderReader:
         return self.file.read(size)
 
 
-def _check_magic(file: BinaryIO, path: Path) -> None:
+def _check_magic(file: BinaryIO, path: str) -> None:
     file.seek(0)
     head = file.read(BLOCK_BYTES)
     file.seek(0)
@@ -101,7 +101,7 @@ def _check_magic(file: BinaryIO, path: Path) -> None:
         raise DataError(f"{path} is truncated: it is shorter than one tar block; write or copy it again.")
 
 
-def _check_end(file: BinaryIO, end: int, path: Path) -> None:
+def _check_end(file: BinaryIO, end: int, path: str) -> None:
     """Find what lies where the archive should end: two zero blocks at least, and nothing else."""
     file.seek(end)
     found = 0
@@ -119,7 +119,7 @@ def _check_end(file: BinaryIO, end: int, path: Path) -> None:
         )
 
 
-def _checked(info: tarfile.TarInfo, path: Path) -> Member:
+def _checked(info: tarfile.TarInfo, path: str) -> Member:
     name = info.name
     if not info.isreg() or info.issparse():
         raise DataError(f"{path}: the member {name!r} is no regular file (a link, device or sparse file); remove it.")

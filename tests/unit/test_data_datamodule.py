@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distill.data.datamodule import ShardDataModule
+from distill.data.plan_segments import WeightChange
 from distill.data.transforms import Augmentation
 from distill.errors import ConfigError, DataError
 
@@ -31,7 +34,7 @@ pytestmark = [
 def write_shards(folder: Path, bad: tuple[int, ...] = (), **counts: int) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for domain, count in counts.items():
-        with wds.TarWriter(str(folder / f"{domain}-000000.tar")) as writer:
+        with wds.TarWriter(str(folder / f"{domain}-000000.tar"), mtime=0) as writer:
             for number in range(count):
                 buffer = io.BytesIO()
                 Image.new("RGB", (20, 16), (number * 9 % 256, 50, 90)).save(buffer, "JPEG")
@@ -184,14 +187,17 @@ def test_a_checkpoint_from_within_an_accumulated_step_goes_on_behind_its_images_
     assert resumed.seen == [[n, n + 1] for n in range(6, 24, 2)]
 
 
-def test_another_global_batch_size_goes_on_at_the_same_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "done"), [(6, 3), (2, 3), (12, 5)])
+def test_another_global_batch_size_goes_on_at_the_same_sample(tmp_path: Path, size: int, done: int) -> None:
     shards = write_shards(tmp_path / "train", a=24)
-    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt")]
-    fit(tmp_path, make_data(shards), max_steps=3, enable_checkpointing=True, callbacks=callbacks)
-    data = make_data(shards, global_batch_size=6)
-    resumed = fit(tmp_path, data, ckpt_path=str(tmp_path / "ckpt" / "step=3.ckpt"), max_steps=5)
-    assert resumed.seen == [[12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22, 23]][: len(resumed.seen)]
-    assert data.state_dict()["consumed"] == 12 + 6 * len(resumed.seen)
+    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt", every_n_train_steps=1)]
+    fit(tmp_path, make_data(shards), max_steps=done, enable_checkpointing=True, callbacks=callbacks)
+    data = make_data(shards, global_batch_size=size)
+    saved = str(tmp_path / "ckpt" / f"step={done}.ckpt")
+    resumed = fit(tmp_path, data, ckpt_path=saved, max_epochs=3, max_steps=done + 2)
+    first = 4 * done
+    assert resumed.seen == [list(range(first, first + size)), list(range(first + size, first + 2 * size))]
+    assert data.state_dict()["consumed"] == first + 2 * size
 
 
 @pytest.mark.parametrize(
@@ -230,6 +236,160 @@ def test_bad_samples_reach_the_ledger_and_the_summary(tmp_path: Path, caplog: py
     assert "20 samples planned = 18 seen + 2 quarantined" in caplog.text
     lines = (tmp_path / "ledger" / "rank-00000.jsonl").read_text().splitlines()
     assert sum('"attempt": 0' in line for line in lines) == 2
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "ledger" / "summary.json").read_text())
+
+
+def test_seen_and_quarantined_are_what_was_planned_over_an_interruption(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = write_shards(tmp_path / "train", a=20, b=20, bad=(3, 7, 11))
+    options: dict[str, Any] = {"max_bad_fraction": 1.0}
+    fit(tmp_path / "whole", make_data(shards, **options), max_steps=9)
+    whole = summary_of(tmp_path / "whole")
+    assert (whole["planned"], whole["seen"] + whole["quarantined"]) == (36, 36)
+    assert 3 <= whole["quarantined"] <= 6
+    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt", every_n_train_steps=1)]
+    # Two steps more than the checkpoint that is resumed from: they are done again, and count once.
+    fit(tmp_path / "cut", make_data(shards, **options), max_steps=5, enable_checkpointing=True, callbacks=callbacks)
+    saved = str(tmp_path / "ckpt" / "step=3.ckpt")
+    with caplog.at_level("INFO"):
+        fit(tmp_path / "cut", make_data(shards, **options), ckpt_path=saved, max_steps=9)
+    resumed = summary_of(tmp_path / "cut")
+    assert {name: resumed[name] for name in ("planned", "seen", "quarantined", "domains")} == {
+        name: whole[name] for name in ("planned", "seen", "quarantined", "domains")
+    }
+    of_a = whole["domains"]["a"]
+    assert f"  a: 18 samples planned = {of_a['seen']} seen + {of_a['quarantined']} quarantined" in caplog.text
+
+
+def test_a_batch_the_model_broke_off_does_not_count(tmp_path: Path) -> None:
+    class Failing(Recorder):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 3:
+                raise RuntimeError("out of memory")
+            return super().training_step(batch, batch_idx)
+
+    shards = write_shards(tmp_path / "train", a=20)
+    callbacks: list[Callback] = [ModelCheckpoint(tmp_path / "ckpt", filename="x", save_on_exception=True)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=callbacks)
+        trainer.fit(Failing(), datamodule=make_data(shards))
+    [saved] = (tmp_path / "ckpt").glob("*.ckpt")
+    state = torch.load(saved, weights_only=True)["ShardDataModule"]
+    assert (state["consumed"], state["ledger"]) == (12, {"a": [12, 0]})
+    assert not (tmp_path / "ledger" / "summary.json").exists()
+    resumed = fit(tmp_path, make_data(shards), ckpt_path=str(saved))
+    assert resumed.seen == [[12, 13, 14, 15], [16, 17, 18, 19]]
+    assert summary_of(tmp_path)["planned"] == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "planned"),
+    [
+        ({"max_steps": 3, "accumulate_grad_batches": 2}, 12),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 24),
+        ({"max_epochs": 3, "limit_train_batches": 3, "accumulate_grad_batches": 2}, 18),
+        ({"max_epochs": 2, "accumulate_grad_batches": 4}, 48),
+    ],
+)
+def test_the_books_balance_however_an_epoch_ends(tmp_path: Path, options: dict[str, Any], planned: int) -> None:
+    data = make_data(write_shards(tmp_path / "train", a=24))
+    model = fit(tmp_path, data, **options)
+    assert [place for batch in model.seen for place in batch] == list(range(planned))
+    assert summary_of(tmp_path)["planned"] == data.consumed == planned
+
+
+def test_another_sampler_in_the_plans_place_stops_training(tmp_path: Path) -> None:
+    class Other(ShardDataModule):
+        def train_dataloader(self) -> Any:
+            loader = super().train_dataloader()
+            return torch.utils.data.DataLoader(
+                loader.dataset, batch_sampler=[[0, 1, 2, 3], [8, 9, 10, 11]], collate_fn=loader.collate_fn
+            )
+
+    data = Other(write_shards(tmp_path / "train", a=24), img_size_px=16, global_batch_size=4, num_workers=0)
+    with pytest.raises(DataError, match="position 4 was due, and the model stands at 8"):
+        fit(tmp_path, data)
+
+
+def domains_of(data: ShardDataModule, model: Recorder) -> list[str]:
+    rows = [row for batch in model.rows for row in batch]
+    return ["ab"[int(data.train_index.domain_ids[row])] for row in rows]
+
+
+def test_weights_change_at_their_step_and_the_run_resumes_over_it(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "train", a=30, b=30)
+    changes = [WeightChange(3, {"a": 3, "b": 1}), WeightChange(6, {"a": 0.5, "b": 0.5})]
+    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt", every_n_train_steps=1)]
+    data = make_data(shards, weight_changes=changes)
+    whole = fit(tmp_path, data, max_steps=9, enable_checkpointing=True, callbacks=callbacks)
+    named = domains_of(data, whole)
+    assert [named[12 * part : 12 * part + 12].count("a") for part in range(3)] == [6, 9, 6]
+    for done in (2, 3, 4, 7):
+        again = make_data(shards, weight_changes=changes[: 1 if done < 5 else 2])
+        resumed = fit(tmp_path, again, ckpt_path=str(tmp_path / "ckpt" / f"step={done}.ckpt"), max_steps=6)
+        assert resumed.rows == whole.rows[done:6]
+    with pytest.raises(DataError, match="differs in its weights, in steps that were done"):
+        fit(tmp_path, make_data(shards), ckpt_path=str(tmp_path / "ckpt" / "step=4.ckpt"))
+
+
+def test_a_change_counts_steps_of_the_new_batch_size_after_a_resume(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path / "train", a=40, b=40)
+    changes = [WeightChange(4, {"a": 5, "b": 1})]
+    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt", every_n_train_steps=1)]
+    options: dict[str, Any] = {"enable_checkpointing": True, "callbacks": callbacks}
+    fit(tmp_path, make_data(shards, weight_changes=changes), max_steps=2, **options)
+    data = make_data(shards, weight_changes=changes, global_batch_size=6)
+    resumed = fit(tmp_path, data, ckpt_path=str(tmp_path / "ckpt" / "step=2.ckpt"), max_steps=6)
+    assert [batch[0] for batch in resumed.seen] == [8, 14, 20, 26]
+    named = domains_of(data, resumed)
+    assert [named[12 * part : 12 * part + 12].count("a") for part in range(2)] == [6, 10]
+    assert summary_of(tmp_path)["planned"] == 32
+
+
+@pytest.mark.filterwarnings("ignore:.*dirpath has changed.*")
+def test_new_data_go_on_only_when_they_are_allowed(tmp_path: Path) -> None:
+    shards, more = write_shards(tmp_path / "train", a=12, b=9), write_shards(tmp_path / "more", a=12, b=9, c=8)
+    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt", every_n_train_steps=1)]
+    options: dict[str, Any] = {"enable_checkpointing": True, "callbacks": callbacks}
+    first = fit(tmp_path, make_data(shards), max_steps=2, **options)
+    saved = str(tmp_path / "ckpt" / "step=2.ckpt")
+    with pytest.raises(DataError, match=r"differs in its fingerprint.*set data.allow_new_data to true"):
+        fit(tmp_path, make_data(more), ckpt_path=saved)
+    data = make_data(more, allow_new_data=True)
+    options["callbacks"] = [checkpoint_at(tmp_path / "later", every_n_train_steps=1)]
+    second = fit(tmp_path, data, ckpt_path=saved, max_steps=6, **options)
+    of_a = [row for batch in first.rows + second.rows for row in batch if row < 12]
+    assert len(of_a) == len(set(of_a)) >= 8
+    assert summary_of(tmp_path)["domains"].keys() == {"a", "b", "c"}
+    assert [segment["start"] for segment in summary_of(tmp_path)["position"]["segments"]] == [0, 8]
+    # The run goes on on the new data without the flag, and not back to the old ones.
+    third = fit(tmp_path, make_data(more), ckpt_path=str(tmp_path / "later" / "step=4.ckpt"), max_steps=6)
+    assert third.rows == second.rows[2:]
+    with pytest.raises(DataError, match="differs in its fingerprint"):
+        fit(tmp_path, make_data(shards), ckpt_path=str(tmp_path / "later" / "step=4.ckpt"))
+
+
+def test_the_samples_of_each_step_are_recorded_where_this_is_wanted(tmp_path: Path) -> None:
+    data = make_data(write_shards(tmp_path / "train", a=24), record_samples=True)
+    model = fit(tmp_path, data, accumulate_grad_batches=2, max_steps=3)
+    with (tmp_path / "ledger" / "samples-rank-00000.csv").open() as stream:
+        lines = [tuple(map(int, line.values())) for line in csv.DictReader(stream)]
+    places = [place for batch in model.seen for place in batch]
+    rows = [row for batch in model.rows for row in batch]
+    assert lines == [(place // 4, place, row) for place, row in zip(places, rows, strict=True)]
+
+
+def test_validation_of_a_checkpoint_asks_nothing_of_the_training_data(tmp_path: Path) -> None:
+    shards, other = write_shards(tmp_path / "train", a=12), write_shards(tmp_path / "other", a=7)
+    callbacks: list[Callback] = [checkpoint_at(tmp_path / "ckpt")]
+    fit(tmp_path, make_data(shards), max_steps=1, enable_checkpointing=True, callbacks=callbacks)
+    model, saved = Recorder(), str(tmp_path / "ckpt" / "step=1.ckpt")
+    make_trainer(tmp_path).validate(model, datamodule=make_data(other, val=other), ckpt_path=saved, verbose=False)
+    assert model.val_rows == list(range(7))
 
 
 def test_too_many_bad_samples_stop_training(tmp_path: Path) -> None:
@@ -276,7 +436,7 @@ def test_the_module_works_without_a_trainer(tmp_path: Path) -> None:
     data.setup("fit")
     assert len(data.fingerprint) == 64
     assert [batch["index"].tolist() for batch in data.train_dataloader()][1] == [4, 5, 6, 7]
-    data.load_state_dict(data.state_dict() | {"consumed": 8})
+    data.load_state_dict(data.state_dict() | {"consumed": 8, "step": 2})
     assert next(iter(data.train_dataloader()))["index"].tolist() == [8, 9, 10, 11]
     assert data.val_dataloader() == []
 

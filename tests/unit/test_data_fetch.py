@@ -6,9 +6,11 @@ import io
 import json
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import webdataset as wds
@@ -179,7 +181,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(make_index: MakeIndex, mo
 
     monkeypatch.setattr(shard_reader.os, "pread", flaky)
     offset, size = int(index.offsets[1]), int(index.sizes[1])
-    assert reader.read(0, offset, size) == index.shards[0].path.read_bytes()[offset : offset + size]
+    assert reader.read(0, offset, size) == Path(index.shards[0].location).read_bytes()[offset : offset + size]
 
 
 def test_a_read_that_keeps_failing_is_an_error_and_no_bad_sample(
@@ -198,11 +200,11 @@ def test_a_read_that_keeps_failing_is_an_error_and_no_bad_sample(
 
 def test_a_shard_that_is_gone_or_changed_is_named(make_index: MakeIndex) -> None:
     index = make_index(a=(4, []))
-    index.shards[0].path.unlink()
+    Path(index.shards[0].location).unlink()
     reader = ShardReader(index.shards, retry_delays_s=())
     with pytest.raises(DataError, match="a-0.tar cannot be read"):
         reader.read(0, 512, 10)
-    with index.shards[1].path.open("ab") as file:
+    with Path(index.shards[1].location).open("ab") as file:
         file.write(b"more")
     with pytest.raises(DataError, match="a-1.tar has .* when it was indexed"):
         reader.read(1, 512, 10)
@@ -295,3 +297,33 @@ def test_a_ledger_that_cannot_be_written_says_so(tmp_path: Path) -> None:
 def test_a_fraction_out_of_range_names_its_key(fraction: float) -> None:
     with pytest.raises(ConfigError, match=r"data\.max_bad_fraction"):
         Ledger(None, fraction)
+
+
+def test_scaled_decoding_reaches_training_and_validation_views(tmp_path: Path) -> None:
+    from distill.data.datamodule import ShardDataModule
+    from distill.data.transforms import Augmentation
+
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    with tarfile.open(tmp_path / "x-0.tar", "w") as archive:
+        info = tarfile.TarInfo("0.jpg")
+        info.size = len(buffer.getvalue())
+        archive.addfile(info, io.BytesIO(buffer.getvalue()))
+    views = {}
+    for is_scaled in (False, True):
+        data = ShardDataModule(
+            str(tmp_path),
+            val=str(tmp_path),
+            img_size_px=64,
+            global_batch_size=1,
+            num_workers=0,
+            augment=Augmentation(reencode="none"),
+            scaled_decoding=is_scaled,
+        )
+        data.setup("fit")
+        loaders = (data.train_dataloader(), data.val_dataloader())
+        views[is_scaled] = [next(iter(loader))["images"] for loader in loaders]
+    for whole, scaled in zip(views[False], views[True], strict=True):
+        assert not torch.equal(whole, scaled)
+    assert torch.equal(*views[True])

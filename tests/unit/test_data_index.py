@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from distill.cli import main
 from distill.data.index import build_index, find_shards
 from distill.data.index_file import index_file
 from distill.data.summary import index as index_verb
@@ -50,7 +53,7 @@ def test_a_folder_gives_domains_by_file_name(tmp_path: Path) -> None:
         write_shard(tmp_path / f"{name}.tar")
     found = find_shards(tmp_path)
     assert list(found) == ["cc3m-train", "natural", "ocr"]
-    assert [path.name for path in found["ocr"]] == ["ocr-000000.tar", "ocr-000001.tar"]
+    assert [Path(path).name for path in found["ocr"]] == ["ocr-000000.tar", "ocr-000001.tar"]
     assert find_shards(str(tmp_path / "*.tar")) == found
 
 
@@ -84,7 +87,7 @@ def test_shards_that_are_not_there_are_named(tmp_path: Path, spec: str, message:
         find_shards(spec.format(folder=tmp_path), key="data.train")
 
 
-@pytest.mark.parametrize("spec", ["", {}, {"ocr": []}, "pipe:cat x.tar", "s3://bucket/ocr-0.tar", "ocr-{0..9999}.tar"])
+@pytest.mark.parametrize("spec", ["", {}, {"ocr": []}, "pipe:cat x.tar", "ftp://host/ocr-0.tar", "ocr-{0..9999}.tar"])
 def test_specs_that_cannot_work_name_the_key(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.data.shards.MAX_SHARDS", 1000)
     with pytest.raises(ConfigError, match="data.val"):
@@ -111,7 +114,7 @@ def test_an_index_holds_labels_groups_sizes_and_places(tmp_path: Path) -> None:
     assert index.groups[:5] == ["g0", "g0", "g1", "g1", ""]
     assert index.keys[4:6] == ["000000", "000001"]
     assert (index.widths[0], index.heights[0]) == (20, 12)
-    shard = index.shards[1].path.read_bytes()
+    shard = Path(index.shards[1].location).read_bytes()
     start = int(index.offsets[5])
     assert shard[start : start + int(index.sizes[5])] == encoded(1)
 
@@ -434,3 +437,126 @@ def test_indexing_needs_neither_torch_nor_lightning(tmp_path: Path) -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'grain')))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+
+
+def break_shard(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:600])
+
+
+def test_bad_shards_do_not_keep_the_others_from_being_indexed_and_are_all_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(5):
+        write_shard(tmp_path / f"x-{number}.tar")
+    for number in (1, 3):
+        break_shard(tmp_path / f"x-{number}.tar")
+    with pytest.raises(SystemExit) as ended:
+        main(["index", str(tmp_path), f"--json={tmp_path / 'out' / 'summary.json'}"])
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert "2 of 5 shards cannot be used" in printed.err
+    assert "x-1.tar is truncated" in printed.err
+    assert "x-3.tar is truncated" in printed.err
+    assert "fingerprint" not in printed.out
+    assert len(list((tmp_path / ".distill-index").iterdir())) == 3
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["all"]["samples"] == 12
+    assert [Path(entry["shard"]).name for entry in summary["bad_shards"]] == ["x-1.tar", "x-3.tar"]
+    assert summary["fingerprint"] is None
+    with pytest.raises(DataError, match="2 of 5 shards cannot be used"):
+        build_index(tmp_path)
+
+
+def test_a_dataset_of_bad_shards_only_is_an_error(tmp_path: Path) -> None:
+    break_shard(write_shard(tmp_path / "x-0.tar"))
+    with pytest.raises(DataError, match="x-0.tar is truncated"):
+        index_verb(str(tmp_path))
+
+
+def test_the_summary_tells_sizes_ratios_labels_and_bad_headers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "a-0.tar", "w") as archive:
+        for number, size in enumerate([(10, 20), (20, 20), (40, 20)]):
+            add_member(archive, f"{number}.jpg", encoded(size=size))
+        add_member(archive, "3.jpg", b"no image")
+    write_shard(tmp_path / "b-0.tar", 4, cls=lambda n: n % 2)
+    index_verb(str(tmp_path), json=tmp_path / "summary.json")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    first, second = summary["domains"]["a"], summary["domains"]["b"]
+    assert (first["samples"], first["bad_headers"], first["labelled"]) == (4, 1, 0)
+    assert (first["median_px"], first["width_px"], first["height_px"]) == ([20, 20], [10, 40], [20, 20])
+    assert first["aspect_ratio"]["q50"] == 1.0
+    assert first["aspect_ratio"]["q05"] < 0.6 < 1.8 < first["aspect_ratio"]["q95"]
+    assert (second["labelled"], second["classes"]) == (4, 2)
+    assert summary["all"]["samples"] == 8
+    assert summary["fingerprint"] == build_index(tmp_path).fingerprint
+    printed = capsys.readouterr().out
+    assert "10 to 40" in printed
+    assert "aspect ratio" in printed
+
+
+@pytest.mark.slow
+def test_shards_are_indexed_by_several_processes_to_the_same_index(tmp_path: Path) -> None:
+    for number in range(6):
+        write_shard(tmp_path / "a" / f"x-{number}.tar", 3, cls=lambda n: n)
+    break_shard(write_shard(tmp_path / "b" / "x-6.tar"))
+    alone = build_index(tmp_path / "a", index_dir=tmp_path / "alone", num_workers=0)
+    together = build_index(tmp_path / "a", index_dir=tmp_path / "together", num_workers=2)
+    assert together.fingerprint == alone.fingerprint
+    assert together.keys == alone.keys
+    spec = {"x": [str(tmp_path / "a"), str(tmp_path / "b")]}
+    with pytest.raises(DataError, match="x-6.tar is truncated"):
+        build_index(spec, index_dir=tmp_path / "third", num_workers=2)
+    assert len(list((tmp_path / "third").iterdir())) == 6
+
+
+def test_the_index_verb_takes_a_mapping_from_domain_to_pattern(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        write_shard(tmp_path / f"0000{number}.tar")
+    main(["index", '{web: "' + str(tmp_path / "*.tar") + '"}'])
+    assert capsys.readouterr().out.splitlines()[3].split()[:3] == ["web", "2", "8"]
+    main(["index", '{web: ["' + str(tmp_path / "00000.tar") + '"]}'])
+    assert capsys.readouterr().out.splitlines()[3].split()[:3] == ["web", "1", "4"]
+
+
+def test_a_number_of_workers_below_zero_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x-0.tar")
+    with pytest.raises(ConfigError, match="num_workers is -1"):
+        build_index(tmp_path, num_workers=-1)
+
+
+@pytest.mark.slow
+def test_an_indexing_that_was_killed_goes_on_where_it_was_and_leaves_no_process(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    for number in range(60):
+        write_shard(shards / f"x-{number:02d}.tar", 100)
+    command = [sys.executable, "-m", "distill", "index", str(shards), "--num_workers=2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = shards / ".distill-index"
+    wait_until(lambda: folder.exists() and len(list(folder.glob("x-*.npz"))) >= 3)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    wait_until(lambda: not any(is_running(worker) for worker in workers))
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("x-*.npz")}
+    assert 3 <= len(made) < 60
+    assert len(build_index(shards, num_workers=0)) == 6000
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float = 120) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
