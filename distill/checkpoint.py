@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from distill.checkpoint_files import LAST_NAME, claimed_step, manifest_path, verify
 from distill.encoder import Encoder
 from distill.errors import ConfigError, DistillError, WeightsError
 
@@ -83,7 +84,7 @@ class RunDir:
     @property
     def last_checkpoint(self) -> Path:
         """The newest checkpoint, `checkpoints/last.ckpt`."""
-        return self.path / "checkpoints" / "last.ckpt"
+        return self.path / "checkpoints" / LAST_NAME
 
     @property
     def metrics_files(self) -> list[Path]:
@@ -184,18 +185,66 @@ def load_teacher(run: Path, *, name: str | None = None) -> tuple[str, nn.Module]
 def read_checkpoint(file: Path) -> dict[str, Any]:
     """Return a Lightning checkpoint, read with `weights_only=True` and nothing else.
 
+    Where it has a manifest, its bytes are checked first.
+
     Raises:
-        WeightsError: the file is missing, truncated, or holds anything but tensors and plain values.
+        WeightsError: the file is missing, damaged, or holds anything but tensors and plain values; names an older one
+            beside it that can be read.
     """
     if not file.is_file():
-        raise WeightsError(f"{file} is missing. Train first with `distill fit`, or name another run.")
+        raise WeightsError(
+            f"{file} is missing. Train first with `distill fit`, or name another run.{_instead_of(file)}"
+        )
+    try:
+        if manifest_path(file).is_file():
+            verify(file)
+        return _load(file)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_instead_of(file)}") from error
+
+
+def _load(file: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several kinds for damaged archives
-        raise WeightsError(f"{file} cannot be read as a checkpoint: {error}. Resume from an older one.") from error
-    if "state_dict" not in checkpoint:
+        raise WeightsError(f"{file} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise WeightsError(f"{file} has no `state_dict`: it is not a checkpoint of a distillation run.")
     return cast(dict[str, Any], checkpoint)
+
+
+def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint of the latest step that verifies and loads, and why others were passed over.
+
+    Args:
+        folder: a run's `checkpoints/`.
+
+    Returns:
+        The file, or None where there is none or none can be used; and a line for each file that was tried before it.
+    """
+    # A manifest may speak of a save that was cut short: the step it claims is checked before the file is taken.
+    claims = {file: claimed_step(file) for file in folder.glob("*.ckpt")}
+    passed_over: list[str] = []
+    while claims:
+        # Those without a manifest first: they cost nothing, and their reason is told.
+        file = max(claims, key=lambda file: (claims[file] < 0, claims[file], file.name == LAST_NAME, file.name))
+        try:
+            step = verify(file).global_step
+            if step >= claims[file]:
+                _load(file)
+                return file, passed_over
+            claims[file] = step
+        except WeightsError as error:
+            passed_over.append(str(error))
+            del claims[file]
+    return None, passed_over
+
+
+def _instead_of(file: Path) -> str:
+    older, _ = newest_verified(file.parent)
+    if older is None or older == file:
+        return ""
+    return f" Use {older} instead, which verifies (step {verify(older).global_step})."
 
 
 def assign_strictly(encoder: nn.Module, state: dict[str, Tensor], file: Path) -> None:

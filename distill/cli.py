@@ -5,13 +5,26 @@ Every verb is imported only when it is called, so `distill --help` and a mistype
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
 from distill import __version__
-from distill.errors import DistillError
+from distill.errors import DistillError, UnfinishedError
+from distill.stop_signals import close_stop_signals, stop_signals
+
+EXIT_CODES = {
+    0: "finished",
+    1: "an error, whose cause was printed",
+    2: "a wrong command line",
+    75: "preempted or out of time (trainer.max_time): saved, run it again with --resume auto",
+    76: "told to stop, and ended without saving because no step ended within the deadline; run it again as well",
+    130: "Ctrl-C: saved",
+}
+LAST_RESORT_S = 60
+"""Longest time that a command which has failed may take to leave; what hangs then is ended with a traceback."""
 
 TRAINING_VERBS = {
     "fit": "train the students of a recipe",
@@ -19,6 +32,7 @@ TRAINING_VERBS = {
 }
 VERBS = {
     "index": ("distill.data.summary", "index", "check shards and print what is in them"),
+    "pack": ("distill.data.pack", "pack", "write images as shards, without copies, from folders, lists and datasets"),
     "synthesize": ("distill.data.synthetic", "synthesize", "draw labelled images of four domains as shards"),
     "export": ("distill.export.run", "export", "write a run's student in its consumers' formats, verified by them"),
     "probe": ("distill.probe.run", "probe", "linear probe, kNN and fidelity of an encoder beside its baselines"),
@@ -33,10 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the words after `distill`; None takes them from the process.
 
     Raises:
-        SystemExit: 2 for a wrong command line, 1 for anything a user can mend (its message is printed, without a
-            traceback).
+        SystemExit: with one of `EXIT_CODES`. The message of anything a user can mend is printed without a traceback.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is not None:
+        run_verb(list(arguments))
+        return
+    faulthandler.enable()  # a crash in native code says where
+    try:
+        run_verb(sys.argv[1:])
+    except BaseException as error:
+        if not isinstance(error, SystemExit) or error.code not in (0, None):
+            faulthandler.dump_traceback_later(LAST_RESORT_S, exit=True)
+        raise
+
+
+def run_verb(words: list[str]) -> None:
+    """Run the verb that the first word names.
+
+    Raises:
+        SystemExit: with one of `EXIT_CODES`.
+    """
     verb = words[0] if words else "--help"
     if verb in ("-h", "--help"):
         print(usage())
@@ -49,12 +79,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(2)
     try:
         if verb in TRAINING_VERBS:
-            import_module("distill.training_cli").run(words)
+            run_training(words)
         else:
             run_function(verb, words[1:])
+    except UnfinishedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error
+        raise SystemExit(error.exit_code) from error
+
+
+def run_training(words: list[str]) -> None:
+    """Run a verb that Lightning trains for, with `fit` listening for signals before anything slow is imported."""
+    if words[0] == "fit":
+        stop_signals()
+    try:
+        import_module("distill.training_cli").run(words)
+    finally:
+        close_stop_signals()
 
 
 def usage() -> str:
@@ -68,6 +111,9 @@ def usage() -> str:
             "Distil large vision encoders into compact ones that plug into any small VLM.",
             "",
             *lines,
+            "",
+            "exit status:",
+            *(f"  {code:<12}{text}" for code, text in EXIT_CODES.items()),
             "",
             "distill VERB --help shows a verb's options; distill --version the version.",
         ]

@@ -60,27 +60,42 @@ class FrozenTeachers:
             teacher.to(device)
 
     @torch.no_grad()
-    def forward_hidden_states(self, images: Tensor, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
+    def forward_hidden_states(
+        self, images: Tensor, layers: Mapping[str, int], *, batch_size: int | None = None
+    ) -> dict[str, list[Layer]]:
         """Return the last hidden states of each teacher, computed once for all students.
+
+        Kernels round differently for batches of different size. A teacher sees batches of one size only, the last
+        one filled up, so that an image has the same states whichever images are computed beside it.
 
         Args:
             images: `[B, 3, H, W]`, uint8 or [0, 1].
             layers: for each teacher's name, how many hidden states are wanted.
+            batch_size: images of a forward where `micro_batch` says nothing; None means B.
 
         Raises:
             ConfigError: a teacher cannot take images of this size.
         """
         try:
-            return {name: self._chunked(self.encoder(name), images, count) for name, count in layers.items()}
+            size = self.micro_batch or batch_size or images.shape[0]
+            return {name: chunked(self.encoder(name), images, count, size) for name, count in layers.items()}
         except ValueError as error:  # how an encoder refuses images of a size it cannot take
             raise ConfigError(f"A teacher cannot take these images (data.img_size_px). {error}") from error
 
-    def _chunked(self, teacher: Encoder, images: Tensor, num_layers: int) -> list[Layer]:
-        size = self.micro_batch or images.shape[0]
-        chunks = [teacher.forward_hidden_states(part, num_layers) for part in images.split(size)]
-        if len(chunks) == 1:
-            return chunks[0]
-        return [
-            (torch.cat([chunk[layer][0] for chunk in chunks]), torch.cat([chunk[layer][1] for chunk in chunks]))
-            for layer in range(num_layers)
-        ]
+
+def chunked(teacher: Encoder, images: Tensor, num_layers: int, size: int) -> list[Layer]:
+    """Return the last hidden states of `images`, computed `size` at a time, the last chunk filled by repetition."""
+    count = images.shape[0]
+    missing = -count % size
+    if missing:
+        images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+    chunks = [teacher.forward_hidden_states(part, num_layers) for part in images.split(size)]
+    if len(chunks) == 1 and not missing:
+        return [(prefix.contiguous(), patches.contiguous()) for prefix, patches in chunks[0]]
+    return [
+        (
+            torch.cat([chunk[layer][0] for chunk in chunks])[:count],
+            torch.cat([chunk[layer][1] for chunk in chunks])[:count],
+        )
+        for layer in range(num_layers)
+    ]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
@@ -15,11 +17,13 @@ from distill.alignment import Alignment, AlignmentConfig
 from distill.cache.memory import HiddenStateMemory
 from distill.checkpoint import read_weights
 from distill.encoder import Encoder, Layer
-from distill.errors import ConfigError
+from distill.errors import ConfigError, WeightsError
+from distill.finite import finite_samples
 from distill.frozen_teachers import FrozenTeachers
 from distill.metrics import DomainCosine
 from distill.optim import OptimConfig, build_optimizer, build_scheduler, parameter_groups
 from distill.standardise import FeatureStatistics
+from distill.weights_fingerprint import weights_fingerprint
 
 Batch = dict[str, Any]
 
@@ -67,7 +71,10 @@ class DistillationTask(LightningModule):
         self.calibration_batches = calibration_batches
         self.memory = HiddenStateMemory(int(teacher_cache_gib * 2**30))
         self.initial_metrics: dict[str, float] = {}
+        self.teacher_is_finite: dict[str, Tensor] = {}
+        self._non_finite_val_samples = 0
         self._has_weights = False
+        self._fingerprints: dict[str, str] = {}
         self._metrics: list[MetricCollection] = []
 
     def configure_model(self) -> None:
@@ -153,8 +160,9 @@ class DistillationTask(LightningModule):
         self.calibrate()
 
     def on_train_start(self) -> None:
-        """Write a resumed run's initial validation values again, so that its own log has them too."""
-        if self.trainer.global_step > 0 and self.initial_metrics:
+        """Write a resumed run's initial validation values again, where its folder has no log of the run before."""
+        has_log = any(Path(self.trainer.default_root_dir).glob("metrics-*.csv"))
+        if self.trainer.global_step > 0 and self.initial_metrics and not has_log:
             for logger in self.loggers:
                 logger.log_metrics(self.initial_metrics, step=0)
 
@@ -175,8 +183,12 @@ class DistillationTask(LightningModule):
             teacher_layers[config.teacher] = max(config.num_layers, teacher_layers.get(config.teacher, 0))
             student_layers[config.student] = max(config.num_layers, student_layers.get(config.student, 0))
         targets = self.memory.fetch(
-            split, batch["row"], images, lambda part: self.teachers.forward_hidden_states(part, teacher_layers)
+            split,
+            batch["row"],
+            images,
+            lambda part: self.teachers.forward_hidden_states(part, teacher_layers, batch_size=len(images)),
         )
+        self.teacher_is_finite = {name: finite_samples(layers) for name, layers in targets.items()}
         try:
             own = {
                 name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
@@ -215,9 +227,12 @@ class DistillationTask(LightningModule):
                     f"The alignment {config.student} <- {config.teacher} standardises by {config.standardise}, whose "
                     "statistics come from training: validate a checkpoint of a run, by --ckpt_path."
                 )
+            # One such image would make its domain's values NaN; it is left out and counted.
+            keep = self.teacher_is_finite[config.teacher] & finite_samples(own[config.student])
+            self._non_finite_val_samples += int((~keep).sum())
             layers = alignment.tokens(own[config.student], targets[config.teacher])
             for name, (student, teacher) in zip(alignment.layer_names, layers, strict=True):
-                cast(DomainCosine, collection[name]).update(student, teacher, batch["domain"])
+                cast(DomainCosine, collection[name]).update(student[keep], teacher[keep], batch["domain"][keep])
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; before the first step they become the initial values."""
@@ -227,10 +242,12 @@ class DistillationTask(LightningModule):
             for key, value in validation_values(layers).items():
                 values[self._named(key, alignment)] = value
             collection.reset()
+        bad, self._non_finite_val_samples = float(self._non_finite_val_samples), 0
         if self.trainer.sanity_checking:
             self._keep_initial(values)
         else:
             self.log_dict(values)
+            self.log("non_finite/val_samples", bad, reduce_fx="sum", sync_dist=True)
 
     def _keep_initial(self, values: Mapping[str, Tensor]) -> None:
         # Lightning logs nothing during its sanity check. Where that check covers the whole validation set and the run
@@ -243,12 +260,31 @@ class DistillationTask(LightningModule):
             logger.log_metrics(self.initial_metrics, step=0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the initial validation values beside the weights."""
+        """Keep the initial validation values beside the weights, and what tells the teachers."""
         checkpoint["initial_metrics"] = self.initial_metrics
+        checkpoint["teacher_fingerprints"] = self.teacher_fingerprints()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the initial validation values back."""
+        """Take the initial validation values back, and refuse other teachers than the checkpoint's.
+
+        Raises:
+            WeightsError: a teacher of the same name has other weights.
+        """
         self.initial_metrics = checkpoint.get("initial_metrics", {})
+        own, saved = self.teacher_fingerprints(), checkpoint.get("teacher_fingerprints", {})
+        for name in own.keys() & saved.keys():
+            if own[name] != saved[name]:
+                raise WeightsError(
+                    f"The teacher {name!r} has not the weights that the checkpoint was trained with (fingerprint "
+                    f"{own[name][:12]}, then {saved[name][:12]}). Restore the file that model.teachers.{name} names, "
+                    "or begin a new run."
+                )
+
+    def teacher_fingerprints(self) -> dict[str, str]:
+        """Return `weights_fingerprint` of each teacher by name, taken once."""
+        if not self._fingerprints:
+            self._fingerprints = {name: weights_fingerprint(self.teachers[name]) for name in self.teachers.names()}
+        return self._fingerprints
 
     @torch.no_grad()
     def calibrate(self) -> None:
@@ -262,10 +298,20 @@ class DistillationTask(LightningModule):
             for alignment, layers in zip(wanting, statistics, strict=True):
                 name, count = alignment.config.teacher, alignment.config.num_layers
                 targets = self.teachers.forward_hidden_states(images, {name: count})[name]
+                keep = finite_samples(targets)  # one NaN would stay in the statistics for ever
                 for layer, (_, patches) in zip(layers, targets, strict=True):
-                    layer.update(patches)
+                    layer.update(patches[keep])
         for alignment, layers in zip(wanting, statistics, strict=True):
             alignment.calibrate([self._sum_over_ranks(layer) for layer in layers])
+        self._give_averages_the_statistics()
+
+    def _give_averages_the_statistics(self) -> None:
+        # Lightning's callback copies the module before training, thus before the statistics are there.
+        for callback in cast(Any, self.trainer).callbacks:
+            if isinstance(callback, WeightAveraging) and callback._average_model is not None:  # pyright: ignore[reportPrivateUsage]
+                average = cast(DistillationTask, callback._average_model.module)  # pyright: ignore[reportPrivateUsage]
+                for own, other in zip(self.alignments, average.alignments, strict=True):
+                    other.load_state_dict(own.state_dict())
 
     def _sum_over_ranks(self, statistics: FeatureStatistics) -> FeatureStatistics:
         if self.trainer.world_size == 1:

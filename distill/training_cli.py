@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from distill.callbacks.checkpoint_io import AtomicCheckpointIO
+from distill.callbacks.failure import FailureReports
 from distill.callbacks.initial_weights import SaveInitialWeights
 from distill.callbacks.last_checkpoint import LastCheckpoint
+from distill.callbacks.non_finite import NonFiniteGuard
+from distill.callbacks.preemption import Preemption
+from distill.callbacks.resume_point import ResumePoint
+from distill.callbacks.step_seed import StepSeed
 from distill.callbacks.throughput import Throughput
+from distill.checkpoint_files import sweep
 from distill.data.datamodule import ShardDataModule
-from distill.errors import ConfigError
+from distill.errors import ConfigError, UnfinishedError
+from distill.precision import Precision, choose_precision
+from distill.resume import ResumeFrom, make_room, resume_from
+from distill.run_lock import RunLock
 from distill.task import DistillationTask
 
 
@@ -33,14 +44,25 @@ class SaveRecipe(SaveConfigCallback):
         if stage == "fit":
             run_dir = Path(trainer.default_root_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, run_dir / "config.yaml", skip_none=False, overwrite=True, multifile=False)
+            # The recipe, not how this process was started.
+            recipe = self.config.clone()
+            recipe["ckpt_path"], recipe["resume"] = None, "no"
+            self.parser.save(recipe, run_dir / "config.yaml", skip_none=False, overwrite=True, multifile=False)
 
 
 class DistillCLI(LightningCLI):
     """Builds trainer, task and data from one or several YAML files, later files and flags winning.
 
     A run's files all lie under `trainer.default_root_dir`: config.yaml, metrics.csv, tensorboard/, checkpoints/.
+
+    Args:
+        held: takes the lock on the run directory, and gives it back when it is closed.
     """
+
+    def __init__(self, *arguments: Any, held: ExitStack, **settings: Any) -> None:
+        self._held = held
+        self._start: ResumeFrom | None = None
+        super().__init__(*arguments, **settings)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -56,7 +78,41 @@ class DistillCLI(LightningCLI):
             default=False,
             help="Build the recipe without reading weights or images, print its parameter counts, and stop.",
         )
+        parser.add_argument(
+            "--resume",
+            type=str,
+            default="no",
+            help="Where to go on from: `auto` takes the newest checkpoint of the run directory that is whole, and "
+            "begins a new run where there is none; a path takes that file; `no` begins anew, and moves what an "
+            "earlier run left there to earlier-N/.",
+        )
         parser.set_defaults({"trainer.num_sanity_val_steps": -1, "trainer.use_distributed_sampler": False})
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would read the whole file for hyperparameters, which these checkpoints lack."""
+
+    def before_instantiate_classes(self) -> None:
+        """Hold the run directory, tidy it, and choose the checkpoint to go on from.
+
+        Raises:
+            ConfigError: another run holds the directory, or the flags contradict each other.
+            WeightsError: no checkpoint that was asked for can be used.
+        """
+        root = self._get(self.config, "trainer.default_root_dir")
+        if not root or self._get(self.config, "dry_run"):
+            return
+        if self.subcommand == "fit" and is_rank_zero():
+            self._held.enter_context(RunLock(Path(root)))
+            for leftover in sweep(Path(root) / "checkpoints"):
+                rank_zero_info(f"Removed {leftover}, which a killed run left half-written.")
+        resume, ckpt_path = self._get(self.config, "resume"), self._get(self.config, "ckpt_path")
+        self._start = resume_from(Path(root), resume, ckpt_path)
+        if self._start is not None:
+            self.config[str(self.subcommand)]["ckpt_path"] = str(self._start.path)
+            for notice in self._start.notices:
+                rank_zero_info(notice)
+        elif resume == "auto":
+            rank_zero_info(f"--resume auto: {Path(root) / 'checkpoints'} has no checkpoint; a new run begins.")
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer.
@@ -83,17 +139,36 @@ class DistillCLI(LightningCLI):
         run_dir = self._get(self.config_init, "trainer.default_root_dir")
         if not run_dir:
             raise ConfigError("trainer.default_root_dir is not set; name the folder that this run writes to.")
+        if self.subcommand == "fit" and is_rank_zero():
+            make_room(Path(run_dir), self._start)
         if self._get(self.config_init, "trainer.logger") in (None, True):
             if self.subcommand == "fit":
-                keep_earlier_metrics(Path(run_dir), is_resumed=self._get(self.config, "ckpt_path") is not None)
-                kwargs["logger"] = default_loggers(Path(run_dir))
+                step = self._start and self._start.global_step
+                kwargs["logger"] = default_loggers(Path(run_dir), purge_step=step)
             else:
                 kwargs["logger"] = CSVLogger(run_dir, name="validation", version="")
+        if self._get(self.config_init, "trainer.precision") is None:
+            kwargs["precision"] = self._choose_precision()
         plugins = as_list(self._get(self.config_init, "trainer.plugins"))
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         callbacks: list[Callback] = as_list(self._get(self.config_init, "trainer.callbacks"))
         kwargs["callbacks"] = [*callbacks, *default_callbacks(Path(run_dir), callbacks)]
-        return super().instantiate_trainer(**kwargs)
+        # `seed_everything: false` asks for another course each time.
+        if (seed := self._get(self.config_init, "seed_everything")) is not False and seed is not None:
+            kwargs["callbacks"].append(StepSeed(int(seed)))
+        trainer = super().instantiate_trainer(**kwargs)
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, FailureReports):
+                callback.limit_waits(trainer)
+        return trainer
+
+    def _choose_precision(self) -> Precision:
+        """Return what the recipe leaves open, and say so: it decides the speed, and to some digits the numbers."""
+        accelerator = self._get(self.config_init, "trainer.accelerator")
+        device = "cuda" if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+        precision = choose_precision(device)
+        rank_zero_info(f"trainer.precision is not set: {precision}, the faster one on this {device}.")
+        return precision
 
 
 def as_list(value: Any) -> list[Any]:
@@ -103,28 +178,20 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def keep_earlier_metrics(run_dir: Path, *, is_resumed: bool) -> None:
-    """Put an earlier run's `metrics.csv` aside: Lightning's CSV logger would delete it.
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes; told by the launcher's environment, before there is a trainer."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
-    A resumed run goes on from it, so it becomes `metrics-1.csv`, `metrics-2.csv`, ..., which the report and the model
-    card read first. A new run in the same folder starts anew: what was there moves to `earlier-1/`, ...
+
+def default_loggers(run_dir: Path, *, purge_step: int | None = None) -> list[Logger]:
+    """Return CSV (`metrics.csv`) and TensorBoard (`tensorboard/`) loggers that write into the run directory.
+
+    Args:
+        run_dir: the run's folder.
+        purge_step: TensorBoard hides what a resumed run had logged from this step on.
     """
-    if getattr(rank_zero_only, "rank", 0) != 0:
-        return
-    if is_resumed and (run_dir / "metrics.csv").is_file():
-        taken = len(list(run_dir.glob("metrics-*.csv")))
-        (run_dir / "metrics.csv").replace(run_dir / f"metrics-{taken + 1}.csv")
-    elif not is_resumed and (earlier := list(run_dir.glob("metrics*.csv"))):
-        folder = run_dir / f"earlier-{len(list(run_dir.glob('earlier-*'))) + 1}"
-        folder.mkdir()
-        for file in earlier:
-            file.replace(folder / file.name)
-
-
-def default_loggers(run_dir: Path) -> list[Logger]:
-    """Return CSV (`metrics.csv`) and TensorBoard (`tensorboard/`) loggers that write into the run directory."""
     csv = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=20)
-    return [csv, TensorBoardLogger(run_dir, name="tensorboard", version="")]
+    return [csv, TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=purge_step)]
 
 
 def default_callbacks(run_dir: Path, configured: list[Callback]) -> list[Callback]:
@@ -134,6 +201,10 @@ def default_callbacks(run_dir: Path, configured: list[Callback]) -> list[Callbac
         LearningRateMonitor("step"),
         Throughput(),
         SaveInitialWeights(),
+        ResumePoint(),
+        FailureReports(),
+        NonFiniteGuard(),
+        Preemption(),
     ]
     kinds = {type(callback) for callback in configured}
     return [callback for callback in defaults if type(callback) not in kinds]
@@ -159,11 +230,36 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def check_finished(trainer: Trainer) -> None:
+    """Refuse to call a run finished that stopped before its last step, unless early stopping decided so.
+
+    Raises:
+        ConfigError: earlier parts of the run had used all of trainer.max_time, so another start would do nothing.
+        UnfinishedError: with the status that asks for another start.
+    """
+    planned, done = trainer.estimated_stepping_batches, trainer.global_step
+    stopped_early = any(isinstance(own, EarlyStopping) and own.stopped_epoch for own in cast(Any, trainer).callbacks)
+    if done >= planned or planned == float("inf") or stopped_early or getattr(trainer, "fast_dev_run", False):
+        return
+    for timer in (own for own in cast(Any, trainer).callbacks if isinstance(own, Timer)):
+        # The time of earlier parts, which Lightning takes from the checkpoint, has no public name.
+        if getattr(timer, "_offset", 0.0) >= (getattr(timer, "_duration", None) or float("inf")):
+            raise ConfigError(
+                f"The run stands at step {done} of {planned:g}, and its earlier parts have used all of "
+                "trainer.max_time, which counts the time of all parts; set a longer one."
+            )
+    raise UnfinishedError(
+        f"The run stopped at step {done} of {planned:g}: trainer.max_time is over. Its checkpoint is saved. Continue "
+        "with the same command, --resume auto and a longer trainer.max_time, which counts the time of all parts."
+    )
+
+
 def run(words: list[str]) -> None:
     """Run `distill fit ...` or `distill validate ...`.
 
     Raises:
         DistillError: something a user can mend.
+        UnfinishedError: `fit` stopped before its last step.
         SystemExit: the command line does not parse.
     """
     # The plan decides how many batches there are: Lightning's advice on worker counts and on a short log interval is
@@ -174,14 +270,18 @@ def run(words: list[str]) -> None:
     # torchmetrics has summed over the ranks before these values are logged.
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")  # no validation data
-    DistillCLI(
-        DistillationTask,
-        ShardDataModule,
-        save_config_callback=SaveRecipe,
-        save_config_kwargs={"save_to_log_dir": False},
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-        parser_kwargs={name: {"default_env": False} for name in ("fit", "validate")},
-        args=None if words == sys.argv[1:] else words,  # Lightning warns when given what it would read itself
-    )
+    with ExitStack() as held:
+        cli = DistillCLI(
+            DistillationTask,
+            ShardDataModule,
+            save_config_callback=SaveRecipe,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={name: {"default_env": False} for name in ("fit", "validate")},
+            held=held,
+            args=None if words == sys.argv[1:] else words,  # Lightning warns when given what it would read itself
+        )
+        if cli.subcommand == "fit":
+            check_finished(cli.trainer)

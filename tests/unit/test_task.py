@@ -140,7 +140,7 @@ def test_a_checkpoint_that_lacks_one_student_tensor_is_refused(make_encoder, tmp
     file = tmp_path / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     del checkpoint["state_dict"]["students.small.blocks.1.bias"]
-    torch.save(checkpoint, file)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, file)
     with pytest.raises(RuntimeError, match=r"students\.small\.blocks\.1\.bias"):
         fit(task(make_encoder), tmp_path / "again", ckpt_path=file)
     state = {k.removeprefix("students.small."): v for k, v in checkpoint["state_dict"].items() if "students" in k}
@@ -235,7 +235,7 @@ def test_a_full_disk_is_named_and_leaves_the_older_checkpoint(tmp_path: Path, mo
     with pytest.raises(WeightsError, match="No space left on device"):
         io.save_checkpoint({"state_dict": {"a": torch.zeros(2)}}, path)
     assert torch.equal(io.load_checkpoint(path)["state_dict"]["a"], torch.ones(2))
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.manifest.json"]
 
 
 def test_modules_registered_are_students_and_alignments_only(make_encoder) -> None:
