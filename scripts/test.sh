@@ -3,5 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
-make_environment "${VENV:-.venv}" demo,dev,export,report
+make_environment "${VENV:-.venv}" demo,dev,export,report,onnx,gguf,s3,pack,ray
 exec python -m pytest "$@"

@@ -13,14 +13,25 @@ from distill import __version__
 from distill.encoder import TimmLayoutEncoder
 from distill.export.contract import ExportTarget
 from distill.export.files import MANIFEST_FILE, sha256, write_json, write_text
-from distill.export.golden import NUM_LAYERS
 from distill.export.provenance import UNKNOWN_LICENCE, Provenance
+from distill.export.reshape import POSITION_METHOD, ReshapedEncoder
 from distill.export.verify import Verification
 
 CARD_FILE = "README.md"
-MANIFEST_VERSION = "distill-export/1"
+MANIFEST_VERSION = "distill-export/2"
+"""Name and version of manifest.json's schema; the number grows when a key changes its meaning or goes away."""
 
-_LIBRARIES = {"internvl-hf": "transformers", "clip-hf": "transformers", "timm": "timm"}
+_LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "onnx": "onnx", "gguf": "gguf", "executorch": "executorch"}
+_TRANSFORMERS_FORMATS = ("internvl", "internvl-hf", "dinov2-hf", "clip-hf")
+
+_READING_NOTES = {
+    "clip-hf": "LLaVA-like programs read -2 by default: set `vision_feature_layer=-1`. `pooler_output` was not "
+    "trained.",
+    "internvl-hf": "In `InternVLForConditionalGeneration` it is the default; `pooler_output` is empty: pool yourself.",
+    "dinov2-hf": "`last_hidden_state` has one more norm: read `hidden_states[-1]`.",
+    "open_clip": "`encode_image` reads the class token after one more norm and a projection; only the original CLIP "
+    "was trained for that, so judge zero-shot accuracy before you rely on it.",
+}
 
 
 def write_manifest(
@@ -31,7 +42,8 @@ def write_manifest(
     verification: Verification,
 ) -> None:
     """Write manifest.json: what the export is, how to feed and read it, what was proved, and every file's hash."""
-    count = min(NUM_LAYERS, encoder.depth)
+    count = min(len(target.LAYERS), encoder.depth)
+    proof = {**asdict(verification), "worst_difference": verification.worst_difference}
     manifest: dict[str, Any] = {
         "format": MANIFEST_VERSION,
         "target": target.FORMAT,
@@ -53,20 +65,47 @@ def write_manifest(
             "image_mean": list(encoder.image_mean),
             "image_std": list(encoder.image_std),
         },
-        "features": {"select_layer": -1, "norm_after": False, "position_embedding_resized_by_export": False},
-        "verification": {"layers": list(range(-count, 0)), **asdict(verification)},
+        "features": {**_features(encoder), "trained_layers": trained_layers(encoder, provenance)},
+        "verification": {"layers": list(range(-count, 0)), **proof},
         "sources": [asdict(source) for source in provenance.sources],
         "recipe": provenance.recipe,
         "metrics": provenance.metrics,
         "versions": {"encoder-distill": __version__, "torch": torch.__version__},
-        # Not the card: people edit it, and model hubs ask them to.
         "files": {
-            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
-            for path in sorted(directory.iterdir())
-            if path.name != CARD_FILE
+            path.name: {"sha256": sha256(path), "bytes": path.stat().st_size} for path in _published_files(directory)
         },
     }
     write_json(directory / MANIFEST_FILE, manifest)
+
+
+def _published_files(directory: Path) -> list[Path]:
+    """Return every file but the card: people edit it, and model hubs ask them to."""
+    return [path for path in sorted(directory.iterdir()) if path.is_file() and path.name != CARD_FILE]
+
+
+def trained_layers(encoder: TimmLayoutEncoder, provenance: Provenance) -> list[int] | None:
+    """Return the layers of this encoder that were trained, as -1, -2, ... from the end; None if unknown."""
+    if provenance.trained_layers is None:
+        return None
+    cut = encoder.original_depth - encoder.depth if isinstance(encoder, ReshapedEncoder) else 0
+    return list(range(-1, -min(provenance.trained_layers - cut, encoder.depth) - 1, -1))
+
+
+def _features(encoder: TimmLayoutEncoder) -> dict[str, Any]:
+    """Return how the features are read, and what the export changed about them."""
+    changed = encoder if isinstance(encoder, ReshapedEncoder) else None
+    resized = changed is not None and changed.changes.img_size is not None
+    return {
+        "select_layer": -1,
+        "has_cls": encoder.num_prefix_tokens > 0,
+        "norm_after": False,
+        "position_embedding_resized_by_export": resized,
+        "position_embedding_method": POSITION_METHOD if resized else None,
+        "position_embedding_from_img_size": changed.original_img_size if changed and resized else None,
+        "layers_of_the_student": changed.original_depth if changed else encoder.depth,
+        "layers_kept": encoder.depth,
+        "layer_scale_folded": changed is not None and changed.changes.fold_layer_scale,
+    }
 
 
 def write_card(
@@ -81,7 +120,7 @@ def write_card(
         _front_matter(target, provenance),
         _summary(encoder, target, provenance),
         f'## Loading\n\n```python\ndirectory = "."  # this directory\n\n{target.loading_code()}```\n',
-        _reading(encoder, target),
+        _reading(encoder, target, provenance),
         _metrics(provenance),
         _proof(directory, verification),
         _licences(provenance),
@@ -94,7 +133,9 @@ def _front_matter(target: ExportTarget, provenance: Provenance) -> str:
     front = {
         "license": "other",
         "license_name": "of-the-sources-named-below",
-        "library_name": _LIBRARIES[target.FORMAT],
+        "library_name": "transformers"
+        if target.FORMAT in _TRANSFORMERS_FORMATS
+        else _LIBRARIES.get(target.FORMAT, "pytorch"),
         "pipeline_tag": "image-feature-extraction",
         "tags": ["vision-encoder", "knowledge-distillation", "vlm"],
     }
@@ -114,24 +155,39 @@ def _summary(encoder: TimmLayoutEncoder, target: ExportTarget, provenance: Prove
     )
 
 
-def _reading(encoder: TimmLayoutEncoder, target: ExportTarget) -> str:
+def _reading(encoder: TimmLayoutEncoder, target: ExportTarget, provenance: Provenance) -> str:
+    features, trained = _features(encoder), trained_layers(encoder, provenance)
     lines = [
         f"- **Preprocessing**: RGB, squashed to {encoder.img_size} x {encoder.img_size} px by bicubic resampling (no "
         f"crop, no padding), scaled to [0, 1], mean {list(encoder.image_mean)}, std {list(encoder.image_std)}. The "
         "config in this directory does exactly this.",
         "- **Layer to read**: the last one before any final norm, `select_layer = -1`.",
-        "- **Positions** are for this image size; another size is resized by each library with its own filter.",
     ]
-    if target.FORMAT == "clip-hf":
-        lines.insert(
-            2,
-            "  LLaVA-like programs read -2 by default: set `vision_feature_layer=-1`. `pooler_output` was not trained.",
+    if trained is not None:
+        named = ", ".join(map(str, trained)) or "none of those kept"
+        lines.append(f"  Trained to be like the teacher's: {named}. Another layer may be read, but was not trained.")
+    if target.FORMAT in _READING_NOTES:
+        lines.append(f"  {_READING_NOTES[target.FORMAT]}")
+    if features["has_cls"]:
+        lines.append(f"- **Class token**: {encoder.num_prefix_tokens} token(s) in front of the patches; drop them.")
+    lines.append(_positions(encoder, features))
+    if features["layers_kept"] != features["layers_of_the_student"]:
+        lines.append(
+            f"- **Depth**: the first {features['layers_kept']} of the student's {features['layers_of_the_student']} "
+            "layers; the last one here is what a reader of an earlier layer of the student gets."
         )
-    if target.FORMAT == "internvl-hf":
-        lines.insert(
-            2, "  In `InternVLForConditionalGeneration` it is the default; `pooler_output` is empty: pool yourself."
-        )
+    if features["layer_scale_folded"]:
+        lines.append("- **LayerScale** is folded into the weights in front of it; where a file holds it, it is ones.")
     return "## Reading it\n\n" + "\n".join(lines) + "\n"
+
+
+def _positions(encoder: TimmLayoutEncoder, features: dict[str, Any]) -> str:
+    if not features["position_embedding_resized_by_export"]:
+        return "- **Positions** are for this image size; another size is resized by each library with its own filter."
+    return (
+        f"- **Positions** were resized once, on export, from {features['position_embedding_from_img_size']} px to "
+        f"{encoder.img_size} px ({POSITION_METHOD}); another size is resized by each library with its own filter."
+    )
 
 
 def _metrics(provenance: Provenance) -> str:
@@ -150,13 +206,21 @@ def _metrics(provenance: Provenance) -> str:
 
 
 def _proof(directory: Path, verification: Verification) -> str:
-    hashes = [f"- `{path.name}` sha256 `{sha256(path)}`" for path in sorted(directory.glob("*.safetensors"))]
+    rows = ["| file | precision | size | worst difference | lowest cosine | latency |", "| --- " * 6 + "|"]
+    for proof in verification.variants:
+        latency = "" if proof.latency_ms is None else f"{proof.latency_ms:.1f} ms"
+        rows.append(
+            f"| `{proof.file}` | {proof.name} | {proof.size_bytes / 1e6:.1f} MB | {proof.worst_difference:.1e} | "
+            f"{proof.min_cosine:.6f} | {latency} |"
+        )
+    hashes = [f"- `{path.name}` sha256 `{sha256(path)}`" for path in _published_files(directory)]
     return (
         "## Verified\n\n"
         f"Before it was published, `{verification.consumer}` loaded this directory in a fresh process with no missing "
-        f"and no unexpected weight and gave the encoder's own features of one fixed image (golden.safetensors): the "
-        f"worst difference was {verification.worst_difference:.1e} in float32, allowed is "
-        f"{verification.tolerance:.1e}.\n\n" + "\n".join(hashes) + "\n"
+        "and no unexpected weight and gave the encoder's own features of one fixed image (golden.safetensors). "
+        "Latency is the median of five passes at batch 1 on the CPU of the machine that exported it.\n\n"
+        + "\n".join([*rows, "", *hashes])
+        + "\n"
     )
 
 
@@ -169,7 +233,7 @@ def _licences(provenance: Provenance) -> str:
         if unknown
         else "These are what the files beside the weights declare. "
     )
-    return f"## Licences\n\n{table}{advice}The training data have licences of their own.\n"
+    return f"## Licences\n\n{table}{advice}Images keep licences of their own, whatever their collection says.\n"
 
 
 def _recipe(provenance: Provenance) -> str:

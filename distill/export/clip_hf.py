@@ -14,9 +14,22 @@ from torch import Tensor
 
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, ConsumerFeatures
+from distill.export.contract import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    ConsumerFeatures,
+    Variant,
+    single_variant,
+)
 from distill.export.files import write_json, write_safetensors
-from distill.export.transformers_loading import AUTO_MODEL_CODE, hidden_states, load_strictly, processor_pixels
+from distill.export.transformers_loading import (
+    AUTO_MODEL_CODE,
+    hidden_states,
+    load_strictly,
+    processor_pixels,
+    squash_preprocessor,
+)
 from distill.export.weights import (
     ViTShape,
     check_position_grid,
@@ -32,6 +45,9 @@ if TYPE_CHECKING:
 
 FORMAT = "clip-hf"
 REQUIRES = ("transformers",)
+EXTRA = "export"
+CONSUMER_FOLDER: str | None = None
+LAYERS = (-2, -1)
 
 _BLOCK_NAMES = {
     "norm1": "layer_norm1",
@@ -75,7 +91,7 @@ def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
     check_position_grid(encoder, weights["pos_embed"])
     write_json(directory / CONFIG_FILE, _config(encoder, read_vit_shape(skeleton)))
     write_safetensors(directory / WEIGHTS_FILE, _rename(weights))
-    write_json(directory / PREPROCESSOR_FILE, _preprocessor(encoder))
+    write_json(directory / PREPROCESSOR_FILE, squash_preprocessor(encoder))
 
 
 def _rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,26 +136,12 @@ def _config(encoder: TimmLayoutEncoder, shape: ViTShape) -> dict[str, Any]:
     }
 
 
-def _preprocessor(encoder: TimmLayoutEncoder) -> dict[str, Any]:
-    side = {"height": encoder.img_size, "width": encoder.img_size}
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": side,
-        "resample": 3,
-        "do_center_crop": False,
-        # Not applied, but LLaVA's loader reads the size of its padding from here.
-        "crop_size": side,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(encoder.image_mean),
-        "image_std": list(encoder.image_std),
-    }
+def variants(directory: Path) -> tuple[Variant, ...]:
+    """Return the one file, float32."""
+    return single_variant(directory)
 
 
-def consumer_features(directory: Path, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
+def consumer_features(directory: Path, variant: str, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
     """Return the last hidden states by transformers' `CLIPVisionModel`."""
     from transformers import CLIPVisionModel
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,8 +89,19 @@ def draw_image(height: int, width: int) -> NDArray[np.uint8]:
     return picture.astype(np.uint8)
 
 
-def compute_golden(encoder: TimmLayoutEncoder, target: str) -> Golden:
+def compute_golden(
+    encoder: TimmLayoutEncoder,
+    target: str,
+    num_layers: int = NUM_LAYERS,
+    features: Callable[[Tensor], list[Layer]] | None = None,
+) -> Golden:
     """Return the encoder's features of the fixed image.
+
+    Args:
+        encoder: a `torch.nn.Module` on the CPU, in eval mode, float32.
+        target: the export format they are kept for.
+        num_layers: how many of the last hidden states; fewer where the encoder has fewer.
+        features: what is kept instead of hidden states, as a function of `pixel_values` `[1, 3, S, S]`.
 
     Raises:
         ExportError: the encoder is in training mode, not on the CPU, or gives features that are not finite float32.
@@ -102,15 +114,19 @@ def compute_golden(encoder: TimmLayoutEncoder, target: str) -> Golden:
         state = f"on {', '.join(sorted(devices))}" if devices else "in training mode"
         raise ExportError(f"The encoder is {state}; features are verified on the CPU in eval mode. Call .cpu().eval().")
     image = torch.from_numpy(draw_image(encoder.img_size, encoder.img_size)).permute(2, 0, 1).contiguous()
+    preprocessing = Preprocessing(encoder.img_size, encoder.image_mean, encoder.image_std)
     try:
         with torch.inference_mode():
-            layers = encoder.forward_hidden_states(image.unsqueeze(0), min(NUM_LAYERS, encoder.depth))
+            if features is None:
+                layers = encoder.forward_hidden_states(image.unsqueeze(0), min(num_layers, encoder.depth))
+            else:
+                layers = features(preprocessing.normalise(image))
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"The encoder gives no features of a {encoder.img_size} px image: {error}") from error
     for tensor in (tensor for layer in layers for tensor in layer):
         if tensor.dtype != torch.float32 or not torch.isfinite(tensor).all():
             raise ExportError(f"The encoder's features are not finite float32 but {tensor.dtype}; call .float() first.")
-    return Golden(target, Preprocessing(encoder.img_size, encoder.image_mean, encoder.image_std), image, layers)
+    return Golden(target, preprocessing, image, layers)
 
 
 def write_golden(directory: Path, golden: Golden) -> None:

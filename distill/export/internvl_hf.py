@@ -13,7 +13,14 @@ from torch import Tensor
 
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import CONFIG_FILE, PREPROCESSOR_FILE, WEIGHTS_FILE, ConsumerFeatures
+from distill.export.contract import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    ConsumerFeatures,
+    Variant,
+    single_variant,
+)
 from distill.export.files import write_json, write_safetensors
 from distill.export.transformers_loading import AUTO_MODEL_CODE, hidden_states, load_strictly, processor_pixels
 from distill.export.weights import (
@@ -31,6 +38,9 @@ if TYPE_CHECKING:
 
 FORMAT = "internvl-hf"
 REQUIRES = ("transformers",)
+EXTRA = "export"
+CONSUMER_FOLDER: str | None = None
+LAYERS = (-2, -1)
 
 _BLOCK_NAMES = {
     "norm1": "layernorm_before",
@@ -141,7 +151,12 @@ def _preprocessor(encoder: TimmLayoutEncoder) -> dict[str, Any]:
     }
 
 
-def consumer_features(directory: Path, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
+def variants(directory: Path) -> tuple[Variant, ...]:
+    """Return the one file, float32."""
+    return single_variant(directory)
+
+
+def consumer_features(directory: Path, variant: str, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
     """Return the last hidden states by transformers' `InternVLVisionModel`."""
     from transformers import InternVLVisionModel
 

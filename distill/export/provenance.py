@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import yaml
 
+from distill.alignment import AlignmentConfig
 from distill.checkpoint import RunDir, Which
 
 UNKNOWN_LICENCE = "not recorded"
@@ -26,7 +27,7 @@ class Source:
     """One thing the encoder's weights derive from.
 
     Attributes:
-        role: "first weights" or "teacher <name>".
+        role: "first weights", "teacher <name>" or "training data".
         description: its class and arguments, without anyone's folders.
         licence: what the README beside its weights declares, or `UNKNOWN_LICENCE`.
     """
@@ -46,6 +47,7 @@ class Provenance:
         sources: teachers and first weights.
         recipe: the parts of the run's config that matter, as plain values.
         metrics: by domain: cosine with the teacher, that cosine before training, the trivial baseline, the skill.
+        trained_layers: how many of the student's last hidden states were compared with a teacher's; None if unknown.
     """
 
     student: str
@@ -53,6 +55,7 @@ class Provenance:
     sources: tuple[Source, ...] = ()
     recipe: dict[str, Any] = field(default_factory=dict[str, Any])
     metrics: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
+    trained_layers: int | None = None
 
 
 def read_provenance(run: RunDir, student: str, which: Which) -> Provenance:
@@ -60,8 +63,22 @@ def read_provenance(run: RunDir, student: str, which: Which) -> Provenance:
     sources = [_source("first weights", run.spec("students", student)[1])]
     if which == "last":
         sources += [_source(f"teacher {name}", run.spec("teachers", name)[1]) for name in run.teacher_names]
+        sources += _data_sources(run.config)
     metrics = _read_metrics(run, student) if which == "last" else {}
-    return Provenance(student, which, tuple(sources), _recipe(run.config), metrics)
+    trained = _trained_layers(run.config, student) if which == "last" else None
+    return Provenance(student, which, tuple(sources), _recipe(run.config), metrics, trained)
+
+
+def _trained_layers(config: dict[str, Any], student: str) -> int:
+    """Return how many of a student's last hidden states its alignments compare; a recipe may leave the default."""
+    model = cast(dict[str, Any], config["model"])
+    alignments = cast(list[dict[str, Any]], model.get("init_args", model).get("alignments") or [])
+    counts = [
+        int(alignment.get("num_layers", AlignmentConfig.num_layers))
+        for alignment in alignments
+        if alignment.get("student") == student
+    ]
+    return max(counts, default=AlignmentConfig.num_layers)
 
 
 def _source(role: str, spec: dict[str, Any]) -> Source:
@@ -71,11 +88,20 @@ def _source(role: str, spec: dict[str, Any]) -> Source:
     return Source(role, f"{spec['class_path']}({text})", _licence_beside(str(arguments.get("weights", ""))))
 
 
+def _data_sources(config: dict[str, Any]) -> list[Source]:
+    """Return one source for each place that the recipe's training shards lie in."""
+    data = cast(dict[str, Any], config.get("data") or {})
+    train: Any = cast(dict[str, Any], data.get("init_args") or data).get("train")
+    places = list(train.values()) if isinstance(train, Mapping) else train if isinstance(train, list) else [train]
+    texts = [place for place in cast(list[Any], places) if isinstance(place, str) and place]
+    return [Source("training data", str(_without_folders(text)), _licence_beside(text)) for text in texts]
+
+
 def _licence_beside(weights: str) -> str:
-    """Return the `license` in the front matter of the README.md beside a weight file, as model hubs keep it."""
+    """Return the `license` in the front matter of the README.md in or beside a path, as hubs keep it."""
     path = Path(weights)
     readme = (path if path.is_dir() else path.parent) / "README.md"
-    if not weights or not path.exists() or not readme.is_file():
+    if not weights or not readme.is_file():
         return UNKNOWN_LICENCE
     parts = readme.read_text(encoding="utf-8", errors="replace").split("---", 2)
     if len(parts) < 3 or parts[0].strip():

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
 from rich.console import Console
-from rich.table import Table
 
 from distill.checkpoint import RunDir, Which, load_student
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ConfigError, ExportError
-from distill.export.card import write_card, write_manifest
-from distill.export.contract import ExportTarget
+from distill.export.card import trained_layers, write_card, write_manifest
+from distill.export.contract import ExportTarget, bind_companion, companion_flag, golden_features_of
 from distill.export.files import check_target, staged
+from distill.export.fresh_process import require_consumer
 from distill.export.golden import compute_golden, write_golden
+from distill.export.outcome import Exported, NotExported, outcome_table, reason_lines
 from distill.export.provenance import Provenance, read_provenance
+from distill.export.reshape import Changes, reshape
+from distill.export.splice import splice
 from distill.export.targets import TARGETS, find_target
-from distill.export.verify import Verification, verify_export
+from distill.export.verify import verify_export
 
+__all__ = ["Exported", "as_timm_layout", "export", "export_encoder"]
+
+LOG_WIDTH = 160
 ENCODER_MEMBERS = ("layout", "timm_architecture", "timm_model_args", "img_size", "timm_state_dict")
-
-
-@dataclass(frozen=True)
-class Exported:
-    """One published export: where, how large, and what its verification proved."""
-
-    target: str
-    directory: Path
-    size_bytes: int
-    verification: Verification
 
 
 def export(
@@ -42,48 +37,68 @@ def export(
     student: str | None = None,
     which: Which = "last",
     overwrite: bool = False,
+    layers: int | None = None,
+    img_size: int | None = None,
+    fold_layer_scale: bool = False,
+    text_tower: Path | None = None,
+    projector: Path | None = None,
+    into: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Path]:
-    """Write a run's student as directories that transformers or timm load without this project.
+    """Write a run's student in the formats that other programs load without this project.
 
-    Nothing is published unless the consumer's own class, in a fresh process, gives the student's features
-    within 1e-5 in float32 (within eight float32 steps of a layer's largest feature where features pass 10.5).
+    Nothing is published unless the consumer's own class, in a fresh process, gives the student's features: within
+    1e-5 in float32 (within eight float32 steps of a layer's largest feature where features pass 10.5), and within a
+    stated cosine for smaller precisions.
 
     Args:
         run: the run directory that `distill fit` wrote.
-        format: internvl-hf, clip-hf or timm; a list, as [clip-hf,timm]; or all that the student's layout allows.
+        format: one of the formats of docs/exports.md, as internvl-hf, clip-hf, timm or onnx; a list, as
+            [clip-hf,timm]; or all that the student's layout and the installed packages allow, the others being listed
+            with the reason.
         out: where to; null means RUN/exports. With one named format this is the export's own directory, with several
             or all it holds one directory for each.
         student: name of the student; null where the run has only one.
         which: last for the newest checkpoint, initial for the student before the first step.
         overwrite: replace exports that are there already.
+        layers: keep only the first so many blocks, for consumers that read the last layer where an earlier one was
+            trained; null keeps all.
+        img_size: pixels a side, a multiple of the patch size, that the positions are resized for (224, 336, 448);
+            null keeps the student's.
+        fold_layer_scale: multiply LayerScale into the weights in front of it, exactly; ones are left.
+        text_tower: for open_clip: a local open_clip directory whose text tower goes beside the student.
+        projector: for gguf: a safetensors file with the weights mlp1.0, mlp1.1 and mlp1.3 of an InternVL projector.
+        into: an existing InternVL, LLaVA or LLaVA-NeXT directory: instead of an export, write a copy of it at `out`
+            with the student in place of its vision tower and everything else as it is. `format` is then not given.
+        trust_remote_code: for `into` a directory in OpenGVLab's layout: run the Python it brings, to verify.
 
     Returns:
         The published directories.
 
     Raises:
-        ConfigError: a format is unknown, a package is missing, or the run or student cannot be found.
+        ConfigError: a format is unknown, a package is missing, a number is out of range, or the run or student
+            cannot be found.
         WeightsError: the checkpoint is missing, damaged or does not fit.
         ExportError: the layout forbids a format, files cannot be written, or a consumer gave other features.
     """
     names = _format_names(format)
+    targets = _bind_companions(_named_targets(names), {"text_tower": text_tower, "projector": projector})
     directory = RunDir(run)
     name, module = load_student(run, name=student, which=which)
-    encoder = as_timm_layout(module)
-    targets = _allowed_targets(encoder, names)
+    encoder = reshape(as_timm_layout(module), Changes(layers, img_size, fold_layer_scale))
     provenance = read_provenance(directory, name, which)
+    if into is not None:
+        return [_splice(encoder, provenance, into, out, is_format_given=names is not None, trust=trust_remote_code)]
+    possible, others = _possible_targets(encoder, targets, must_all=names is not None)
     root = directory.path / "exports" if out is None else out
     is_single = out is not None and names is not None and len(names) == 1
-    places = {target.FORMAT: root if is_single else root / target.FORMAT for target in targets}
-    for place in places.values():
+    places = [root if is_single else root / target.FORMAT for target in possible]
+    for place in places:
         check_target(place.resolve(), overwrite=overwrite)
-    console = Console()
-    exported: list[Exported] = []
-    for target_name, place in places.items():
-        with console.status(f"{target_name}: writing, then loading it in a fresh process"):
-            exported.append(export_encoder(encoder, target_name, place, provenance, overwrite=overwrite))
-    console.print(_table(exported))
-    for item in exported:
-        console.print(f"{item.target}: {item.directory}", soft_wrap=True, highlight=False, markup=False)
+    exported, failed = _publish_all(encoder, possible, places, provenance, overwrite=overwrite)
+    _print_outcome(exported, [*failed, *others])
+    if failed:
+        raise ExportError(f"{len(failed)} of {len(possible)} exports failed. {failed[0].target}: {failed[0].reason}")
     return [item.directory for item in exported]
 
 
@@ -94,15 +109,17 @@ def export_encoder(
     provenance: Provenance | None = None,
     *,
     overwrite: bool = False,
+    companion: Path | None = None,
 ) -> Exported:
     """Write one encoder in one format, verify it by its consumer in a fresh process, and publish it at `out`.
 
     Args:
-        encoder: a `torch.nn.Module` on the CPU, in eval mode, float32.
-        format: internvl-hf, clip-hf or timm.
+        encoder: a `torch.nn.Module` on the CPU, in eval mode, float32; see `distill.export.reshape` to change it first.
+        format: one of the formats, as internvl-hf.
         out: the export's own directory; its parents are made. It appears complete and verified, or not at all.
         provenance: what the model card says of its origin; None says nothing.
         overwrite: replace an export that is there.
+        companion: what the format needs beside the encoder: a text tower for open_clip, a projector for gguf.
 
     Returns:
         What was published and what was proved.
@@ -112,18 +129,88 @@ def export_encoder(
         ExportError: see `export`.
     """
     target = find_target(format)
-    _require(target)
+    target = target if companion is None else bind_companion(target, companion)
+    require_consumer(target)
     target.check(encoder)
-    provenance = provenance or Provenance(student="student")
+    return _publish(encoder, target, out, provenance or Provenance(student="student"), overwrite=overwrite)
+
+
+def _publish(
+    encoder: TimmLayoutEncoder, target: ExportTarget, out: Path, provenance: Provenance, *, overwrite: bool
+) -> Exported:
     out = out.resolve()
     with staged(out, overwrite=overwrite) as directory:
         target.write(encoder, directory)
-        write_golden(directory, compute_golden(encoder, format))
+        reference = golden_features_of(target, encoder, directory)
+        write_golden(directory, compute_golden(encoder, target.FORMAT, len(target.LAYERS), reference))
         verification = verify_export(directory)
         write_card(directory, encoder, target, provenance, verification)
         write_manifest(directory, encoder, target, provenance, verification)
     size_bytes = sum(path.stat().st_size for path in out.iterdir())
-    return Exported(format, out, size_bytes, verification)
+    return Exported(target.FORMAT, out, size_bytes, verification)
+
+
+def _publish_all(
+    encoder: TimmLayoutEncoder,
+    targets: Sequence[ExportTarget],
+    places: Sequence[Path],
+    provenance: Provenance,
+    *,
+    overwrite: bool,
+) -> tuple[list[Exported], list[NotExported]]:
+    """Publish each target; one that fails does not keep the others from being published."""
+    console = _console()
+    exported: list[Exported] = []
+    failed: list[NotExported] = []
+    for number, (target, place) in enumerate(zip(targets, places, strict=True), start=1):
+        console.print(f"{number}/{len(targets)} {target.FORMAT}: writing, then loading it in a fresh process")
+        try:
+            exported.append(_publish(encoder, target, place, provenance, overwrite=overwrite))
+        except ExportError as error:
+            failed.append(NotExported(target.FORMAT, str(error), is_failure=True))
+    return exported, failed
+
+
+def _splice(
+    encoder: TimmLayoutEncoder,
+    provenance: Provenance,
+    into: Path,
+    out: Path | None,
+    *,
+    is_format_given: bool,
+    trust: bool,
+) -> Path:
+    if out is None or is_format_given:
+        raise ConfigError(
+            "--into DIR needs --out NEW, where the changed copy goes, and takes no --format: DIR has one."
+        )
+    trained = trained_layers(encoder, provenance)
+    if trained == []:
+        raise ConfigError("--layers keeps only layers that were not trained; keep more of them.")
+    spliced = splice(encoder, into, out, trained_layers=len(trained or [-1]), trust_remote_code=trust)
+    _console().print(
+        f"{spliced.kind}: {spliced.directory}: {spliced.replaced} tensors replaced, {spliced.proof.consumer} differs "
+        f"by {spliced.proof.worst_difference:.1e} ({spliced.dtype})",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    return spliced.directory
+
+
+def _console() -> Console:
+    """Return a console that is wide enough for the table where nothing says how wide it is, as in a log file."""
+    return Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+
+
+def _print_outcome(exported: Sequence[Exported], others: Sequence[NotExported]) -> None:
+    console = _console()
+    if exported:
+        console.print(outcome_table(exported))
+    for item in exported:
+        console.print(f"{item.target}: {item.directory}", soft_wrap=True, highlight=False, markup=False)
+    for line in reason_lines(others):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def as_timm_layout(module: object) -> TimmLayoutEncoder:
@@ -142,7 +229,7 @@ def as_timm_layout(module: object) -> TimmLayoutEncoder:
 
 
 def _format_names(format: str | Sequence[str]) -> list[str] | None:
-    """Return the formats asked for, without repetition; None means all that the layout allows."""
+    """Return the formats asked for, without repetition; None means all that are possible."""
     words = [format] if isinstance(format, str) else list(format)
     if words == ["all"]:
         return None
@@ -151,44 +238,50 @@ def _format_names(format: str | Sequence[str]) -> list[str] | None:
     return list(dict.fromkeys(find_target(word).FORMAT for word in words))
 
 
-def _allowed_targets(encoder: TimmLayoutEncoder, names: list[str] | None) -> list[ExportTarget]:
-    if names is not None:
-        targets = [TARGETS[name] for name in names]
-        for target in targets:
-            target.check(encoder)
-    else:
-        targets = [target for target in TARGETS.values() if _allows(target, encoder)]
+def _named_targets(names: Sequence[str] | None) -> list[ExportTarget]:
+    return [TARGETS[name] for name in (TARGETS if names is None else names)]
+
+
+def _bind_companions(targets: Sequence[ExportTarget], companions: Mapping[str, Path | None]) -> list[ExportTarget]:
+    """Return the targets with the files that the command line gives them.
+
+    Raises:
+        ConfigError: a file is given that no chosen format uses, or that does not exist.
+    """
+    wanted = {flag for flag in map(companion_flag, targets) if flag is not None}
+    given = {flag: path for flag, path in companions.items() if path is not None}
+    for flag, path in given.items():
+        if flag not in wanted:
+            users = [name for name, target in TARGETS.items() if companion_flag(target) == flag]
+            raise ConfigError(f"--{flag} is used by {', '.join(users) or 'no format'}, which --format leaves out.")
+        if not path.exists():
+            raise ConfigError(f"--{flag} {path} does not exist.")
+    flags = [companion_flag(target) or "" for target in targets]
+    return [
+        bind_companion(target, given[flag]) if flag in given else target
+        for target, flag in zip(targets, flags, strict=True)
+    ]
+
+
+def _possible_targets(
+    encoder: TimmLayoutEncoder, targets: Sequence[ExportTarget], *, must_all: bool
+) -> tuple[list[ExportTarget], list[NotExported]]:
+    """Return the targets that can be written and verified here, and the others with the reason.
+
+    Raises:
+        ConfigError: `must_all`, and a package is missing.
+        ExportError: `must_all`, and the student does not fit.
+    """
+    possible: list[ExportTarget] = []
+    others: list[NotExported] = []
     for target in targets:
-        _require(target)
-    return targets
-
-
-def _allows(target: ExportTarget, encoder: TimmLayoutEncoder) -> bool:
-    try:
-        target.check(encoder)
-    except ExportError:
-        return False
-    return True
-
-
-def _require(target: ExportTarget) -> None:
-    missing = [package for package in target.REQUIRES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ConfigError(
-            f"The export {target.FORMAT} is verified by {', '.join(missing)}, which is not installed. "
-            "Run: pip install 'encoder-distill[export]'"
-        )
-
-
-def _table(exported: list[Exported]) -> Table:
-    table = Table("target", "size", "worst difference", "verified by", "seconds", title="Published exports")
-    for item in exported:
-        proof = item.verification
-        table.add_row(
-            item.target,
-            f"{item.size_bytes / 1e6:.1f} MB",
-            f"{proof.worst_difference:.1e}",
-            proof.consumer,
-            f"{proof.seconds:.1f}",
-        )
-    return table
+        try:
+            target.check(encoder)
+            require_consumer(target)
+        except (ConfigError, ExportError) as error:
+            if must_all:
+                raise
+            others.append(NotExported(target.FORMAT, str(error)))
+        else:
+            possible.append(target)
+    return possible, others

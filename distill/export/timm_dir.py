@@ -5,6 +5,7 @@ transformers' `AutoModel` and `AutoImageProcessor` read the same directory throu
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import CONFIG_FILE, WEIGHTS_FILE, ConsumerFeatures
+from distill.export.contract import CONFIG_FILE, WEIGHTS_FILE, ConsumerFeatures, Variant, single_variant
 from distill.export.files import write_json, write_safetensors
 from distill.export.weights import read_timm_weights, timm_skeleton
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 FORMAT = "timm"
 REQUIRES = ("timm",)
+EXTRA = "export"
+CONSUMER_FOLDER: str | None = None
+LAYERS = (-2, -1)
 
 
 def check(encoder: TimmLayoutEncoder) -> None:
@@ -81,7 +85,12 @@ def _config(encoder: TimmLayoutEncoder, skeleton: nn.Module) -> dict[str, Any]:
     }
 
 
-def consumer_features(directory: Path, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
+def variants(directory: Path) -> tuple[Variant, ...]:
+    """Return the one file, float32."""
+    return single_variant(directory)
+
+
+def consumer_features(directory: Path, variant: str, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
     """Return the last hidden states by `timm.create_model` and `forward_intermediates`."""
     import timm
     from safetensors import safe_open
@@ -91,8 +100,8 @@ def consumer_features(directory: Path, pixel_values: Tensor, num_layers: int) ->
         stored = set(file.keys())
     wanted = set(model.state_dict())
     consumer = f"{type(model).__name__} of timm {timm.__version__}"
-    layers = _layers(model, pixel_values, num_layers)
-    return ConsumerFeatures(layers, sorted(wanted - stored), sorted(stored - wanted), consumer)
+    forward = partial(_layers, model, pixel_values, num_layers)
+    return ConsumerFeatures(forward(), sorted(wanted - stored), sorted(stored - wanted), consumer, forward)
 
 
 def _layers(model: Any, pixel_values: Tensor, num_layers: int) -> list[Layer]:

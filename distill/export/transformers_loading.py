@@ -1,4 +1,4 @@
-"""Running transformers' own classes on an exported directory: what the targets for transformers have in common."""
+"""What the targets for transformers have in common: their preprocessing file, and running its classes on an export."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from distill.encoder import TimmLayoutEncoder
 from distill.export.contract import ConsumerFeatures
 
 if TYPE_CHECKING:
@@ -27,9 +28,35 @@ with torch.inference_mode():
 """
 
 
-def load_strictly(model_class: Any, directory: Path) -> tuple[Any, list[str], list[str]]:
-    """Return the model in eval mode, the names it missed and the names it ignored."""
-    model, info = model_class.from_pretrained(directory, output_loading_info=True, local_files_only=True)
+def squash_preprocessor(encoder: TimmLayoutEncoder) -> dict[str, Any]:
+    """Return a preprocessor_config.json by which `CLIPImageProcessor` squashes to the encoder's size."""
+    side = {"height": encoder.img_size, "width": encoder.img_size}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": side,
+        "resample": 3,
+        "do_center_crop": False,
+        # Not applied, but LLaVA's loader reads the size of its padding from here.
+        "crop_size": side,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(encoder.image_mean),
+        "image_std": list(encoder.image_std),
+    }
+
+
+def load_strictly(model_class: Any, directory: Path, **options: Any) -> tuple[Any, list[str], list[str]]:
+    """Return the model in eval mode, the names it missed and the names it ignored.
+
+    Args:
+        model_class: a class of transformers with `from_pretrained`.
+        directory: the export.
+        options: further arguments of `from_pretrained`.
+    """
+    model, info = model_class.from_pretrained(directory, output_loading_info=True, local_files_only=True, **options)
     return model.eval(), _names(info["missing_keys"]), _names(info["unexpected_keys"])
 
 
@@ -43,14 +70,15 @@ def hidden_states(
     """Return the last hidden states of a transformers vision tower whose row 0 is the class token."""
     import transformers
 
-    with torch.inference_mode():
-        output = model(pixel_values, output_hidden_states=True)
-    states = cast(tuple[Tensor, ...], output.hidden_states)[-num_layers:]
+    def forward() -> Any:
+        with torch.inference_mode():
+            return model(pixel_values, output_hidden_states=True)
+
+    states = cast(tuple[Tensor, ...], forward().hidden_states)[-num_layers:]
     grid = math.isqrt(states[-1].shape[1] - 1)
     layers = [(state[:, :1], state[:, 1:].unflatten(1, (grid, grid))) for state in states]
-    return ConsumerFeatures(
-        layers, missing, unexpected, f"{type(model).__name__} of transformers {transformers.__version__}"
-    )
+    consumer = f"{type(model).__name__} of transformers {transformers.__version__}"
+    return ConsumerFeatures(layers, missing, unexpected, consumer, forward)
 
 
 def processor_pixels(directory: Path, image: Image) -> Tensor:

@@ -7,9 +7,6 @@ consumer's own class computes the golden image's features in a process of its ow
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,26 +18,40 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-import distill
 from distill.errors import ExportError
+from distill.export.compare import Closeness, compare_features, compare_pixels
+from distill.export.contract import TOLERANCE, Variant
 from distill.export.files import MANIFEST_FILE, sha256, write_safetensors
+from distill.export.fresh_process import run_consumer
 from distill.export.golden import Golden, draw_image, read_golden
 from distill.export.targets import find_target
 
-TOLERANCE = 1e-5
-"""Largest absolute difference of a feature, float32."""
+__all__ = ["TOLERANCE", "VariantProof", "Verification", "verify_export"]
 
-FLOAT32_STEPS = 2.0**-20
-"""Eight float32 steps, relative to a layer's largest feature. It exceeds `TOLERANCE` only where features pass 10.5:
-the outlier channels of large encoders reach hundreds, where neighbouring float32 numbers are already 3e-5 apart."""
 
-PIXEL_TOLERANCE = 1e-5
-"""Largest difference of a normalised pixel of an image that needs no resize."""
+@dataclass(frozen=True)
+class VariantProof:
+    """What the fresh process proved of one variant.
 
-RESIZE_MAX_LEVELS = 4.0
-RESIZE_MEAN_LEVELS = 0.25
-"""Largest and mean difference in grey levels (of 255) after a resize. Consumers resize by Pillow or by torchvision;
-bicubic in the one is within 2 levels of bicubic in the other, and bilinear is further on average."""
+    Attributes:
+        name: "float32", "int8", ...
+        file: file name inside the directory.
+        size_bytes: of that file.
+        worst_difference: largest absolute difference of any feature.
+        tolerance: what it was allowed to be; None where only the cosine is bounded.
+        min_cosine: smallest cosine of any token with the encoder's.
+        cosine_bound: what it had to reach; None where only the difference is bounded.
+        latency_ms: median of five passes at batch 1 on this machine's CPU; None where it could not be timed.
+    """
+
+    name: str
+    file: str
+    size_bytes: int
+    worst_difference: float
+    tolerance: float | None
+    min_cosine: float
+    cosine_bound: float | None
+    latency_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -48,24 +59,27 @@ class Verification:
     """What the fresh process proved.
 
     Attributes:
-        worst_difference: largest absolute difference of any feature.
-        tolerance: what it was allowed to be.
+        variants: each file or precision, the most exact first.
         worst_pixel_levels: largest difference after the consumer's own resize, in grey levels.
         consumer: class and library that computed.
         seconds: time the fresh process took.
     """
 
-    worst_difference: float
-    tolerance: float
+    variants: tuple[VariantProof, ...]
     worst_pixel_levels: float
     consumer: str
     seconds: float
+
+    @property
+    def worst_difference(self) -> float:
+        """Largest absolute difference of the first variant."""
+        return self.variants[0].worst_difference
 
 
 @dataclass(frozen=True)
 class _Response:
     tensors: dict[str, Tensor]
-    report: dict[str, Any]
+    report: dict[str, dict[str, Any]]
     seconds: float
 
 
@@ -82,11 +96,13 @@ def verify_export(directory: Path, *, timeout_s: float = 900.0) -> Verification:
     """
     golden = read_golden(directory)
     _check_hashes(directory)
+    variants = find_target(golden.target).variants(directory)
+    if not variants:
+        raise ExportError(f"{directory} holds no weights of the format {golden.target}; export again.")
     response = _consume(directory, golden, timeout_s)
-    _check_keys(golden, response)
-    worst, tolerance = _check_features(golden, response)
-    levels = _check_pixels(golden, response)
-    return Verification(worst, tolerance, levels, str(response.report["consumer"]), response.seconds)
+    proofs = tuple(_prove(directory, golden, variant, response) for variant in variants)
+    levels = compare_pixels(golden.preprocessing, golden.image, _photo(golden), response.tensors)
+    return Verification(proofs, levels, str(response.report[variants[0].name]["consumer"]), response.seconds)
 
 
 def _check_hashes(directory: Path) -> None:
@@ -121,92 +137,31 @@ def _consume(directory: Path, golden: Golden, timeout_s: float) -> _Response:
         }
         write_safetensors(request, tensors)
         start = time.perf_counter()
-        _run_fresh_process([golden.target, str(directory.resolve()), str(request), str(answer)], timeout_s)
+        run_consumer(find_target(golden.target), [str(directory.resolve()), str(request), str(answer)], timeout_s)
         seconds = time.perf_counter() - start
         with safe_open(answer, framework="pt") as file:
             report = json.loads(file.metadata()["report"])
         return _Response(load_file(answer), report, seconds)
 
 
-def _run_fresh_process(arguments: list[str], timeout_s: float) -> None:
-    find_target(arguments[0])
-    package_root = str(Path(distill.__file__).parents[1])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    # -P: the folder the user stands in is no place to import from.
-    command = [sys.executable, "-P", "-m", "distill.export.consume", *arguments]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"The fresh process that loads the {arguments[0]} export did not end within {timeout_s:g} s; "
-            "nothing was published. Try again on an idle machine."
-        ) from error
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines()[-3:] or [f"exit code {done.returncode}"]
-        raise ExportError(f"The consumer cannot load the {arguments[0]} export: {' | '.join(lines)}")
-
-
-def _check_keys(golden: Golden, response: _Response) -> None:
-    missing, unexpected = response.report["missing"], response.report["unexpected"]
+def _prove(directory: Path, golden: Golden, variant: Variant, response: _Response) -> VariantProof:
+    report = response.report[variant.name]
+    missing, unexpected = report["missing"], report["unexpected"]
     if missing or unexpected:
         raise ExportError(
-            f"{response.report['consumer']} misses {len(missing)} weights of the {golden.target} export "
+            f"{report['consumer']} misses {len(missing)} weights of the {golden.target} export "
             f"{missing[:2]} and ignores {len(unexpected)} {unexpected[:2]}; both must be 0."
         )
-
-
-def _check_features(golden: Golden, response: _Response) -> tuple[float, float]:
-    worst, allowed = 0.0, TOLERANCE
-    for position, (prefix, patches) in enumerate(golden.layers):
-        layer = position - len(golden.layers)
-        largest = max(float(tensor.abs().max()) for tensor in (prefix, patches) if tensor.numel())
-        tolerance = max(TOLERANCE, FLOAT32_STEPS * largest)
-        for name, expected in (("prefix", prefix), ("patches", patches)):
-            got = response.tensors[f"{position}.{name}"]
-            if got.shape != expected.shape:
-                raise ExportError(
-                    f"{response.report['consumer']} gives {name} tokens of shape {tuple(got.shape)} in layer {layer}, "
-                    f"the encoder {tuple(expected.shape)}; the {golden.target} export is not published."
-                )
-            difference = float((got - expected).abs().max()) if expected.numel() else 0.0
-            # Written so that a NaN fails as well.
-            if not difference <= tolerance:
-                raise ExportError(
-                    f"{response.report['consumer']} gives other features than the encoder: layer {layer}, {name} "
-                    f"tokens differ by {difference:.3g}, allowed is {tolerance:.3g}; the {golden.target} export is "
-                    "not published."
-                )
-            worst, allowed = max(worst, difference), max(allowed, tolerance)
-    return worst, allowed
-
-
-def _check_pixels(golden: Golden, response: _Response) -> float:
-    preprocessing = golden.preprocessing
-    side, levels_per_unit = preprocessing.img_size, 255 * torch.tensor(preprocessing.image_std).view(3, 1, 1)
-    for name in ("image", "photo"):
-        shape = tuple(response.tensors[name].shape)
-        if shape != (1, 3, side, side):
-            raise ExportError(
-                f"The export's preprocessing gives {shape} pixels, the encoder needs {(1, 3, side, side)}: size, "
-                "crop or tiling in its preprocessing config is wrong."
-            )
-    difference = float((response.tensors["image"] - preprocessing.normalise(golden.image)).abs().max())
-    if not difference <= PIXEL_TOLERANCE:
-        raise ExportError(
-            f"The export's preprocessing normalises otherwise than the encoder: pixels differ by {difference:.3g}, "
-            f"allowed is {PIXEL_TOLERANCE:g}. Its mean and std must be {preprocessing.image_mean} and "
-            f"{preprocessing.image_std}."
-        )
-    from PIL import Image
-
-    expected = preprocessing.prepare(Image.fromarray(_photo(golden).numpy()))
-    levels = (response.tensors["photo"] - expected).abs() * levels_per_unit
-    worst, mean = float(levels.max()), float(levels.mean())
-    if not (worst <= RESIZE_MAX_LEVELS and mean <= RESIZE_MEAN_LEVELS):
-        raise ExportError(
-            f"The export's preprocessing resizes otherwise than the encoder: {worst:.1f} grey levels at worst and "
-            f"{mean:.2f} on average, allowed are {RESIZE_MAX_LEVELS:g} and {RESIZE_MEAN_LEVELS:g}. It must squash by "
-            "bicubic resampling, without a crop."
-        )
-    return worst
+    closeness: Closeness = compare_features(
+        golden, response.tensors, variant.name, variant.bound, str(report["consumer"])
+    )
+    return VariantProof(
+        name=variant.name,
+        file=variant.file,
+        size_bytes=(directory / variant.file).stat().st_size,
+        worst_difference=closeness.worst_difference,
+        tolerance=closeness.tolerance,
+        min_cosine=closeness.min_cosine,
+        cosine_bound=variant.bound.cosine,
+        latency_ms=report["latency_ms"],
+    )

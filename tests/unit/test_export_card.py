@@ -15,10 +15,11 @@ from distill.export.files import sha256
 from distill.export.provenance import Provenance, Source, read_provenance
 from distill.export.run import as_timm_layout
 from distill.export.targets import find_target
-from distill.export.verify import Verification
+from distill.export.verify import VariantProof, Verification
 from students import CLIPViT
 
-VERIFICATION = Verification(2.5e-7, 1e-5, 1.0, "CLIPVisionModel of transformers 5", 3.0)
+PROOF = VariantProof("float32", "model.safetensors", 4096, 2.5e-7, 1e-5, 0.99999, None, 12.5)
+VERIFICATION = Verification((PROOF,), 1.0, "CLIPVisionModel of transformers 5", 3.0)
 
 
 def make_run(path: Path, weights: str = "/home/someone/weights/InternViT-6B-448px-V1-5") -> RunDir:
@@ -80,7 +81,21 @@ def test_a_licence_is_read_from_the_readme_beside_the_weights_and_else_said_to_b
     assert {source.role: source.licence for source in provenance.sources} == {
         "first weights": "not recorded",
         "teacher big": "mit",
+        "training data": "not recorded",
     }
+
+
+def test_the_licence_of_the_training_data_is_read_from_the_readme_beside_the_shards(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    run = make_run(tmp_path / "run")
+    run.config["data"]["init_args"]["train"] = {"natural": str(shards / "natural-*.tar"), "ocr": str(shards)}
+    data = [source for source in read_provenance(run, "small", "last").sources if source.role == "training data"]
+    assert [(source.description, source.licence) for source in data] == [
+        ("natural-*.tar", "cc-by-4.0"),
+        ("shards", "cc-by-4.0"),
+    ]
 
 
 @pytest.fixture
@@ -100,7 +115,7 @@ def test_the_card_has_front_matter_that_claims_no_licence_it_does_not_know(tmp_p
     assert "check it before you publish" in body
     assert "select_layer = -1" in body
     assert "28 x 28 px into a 2 x 2 grid" in body
-    assert "2.5e-07 in float32" in body
+    assert "| `model.safetensors` | float32 | 0.0 MB | 2.5e-07 | 0.999990 | 12.5 ms |" in body
 
 
 def test_the_card_shows_each_domain_before_and_after(tmp_path: Path, student: Any) -> None:
@@ -118,7 +133,7 @@ def test_the_manifest_describes_the_features_and_hashes_every_file_but_the_card(
     write_card(tmp_path, student, target, provenance, VERIFICATION)
     write_manifest(tmp_path, student, target, provenance, VERIFICATION)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["format"] == "distill-export/1"
+    assert manifest["format"] == "distill-export/2"
     assert manifest["preprocessing"]["resize"] == "squash"
     assert manifest["architecture"]["num_prefix_tokens"] == 1
     assert set(manifest["files"]) == {"config.json", "model.safetensors", "preprocessor_config.json"}
