@@ -7,6 +7,7 @@ students and heads, never a teacher: teachers are rebuilt from the recipe and th
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -213,11 +214,16 @@ def _load(file: Path) -> dict[str, Any]:
     return cast(dict[str, Any], checkpoint)
 
 
-def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
+TRAINING_STATE = ("optimizer_states", "loops")
+"""What a checkpoint needs for training to go on from it; `ModelCheckpoint(save_weights_only=True)` leaves it out."""
+
+
+def newest_verified(folder: Path, *, needed: Collection[str] = ()) -> tuple[Path | None, list[str]]:
     """Return the checkpoint of the latest step that verifies and loads, and why others were passed over.
 
     Args:
         folder: a run's `checkpoints/`.
+        needed: keys that it must hold, for example `TRAINING_STATE`.
 
     Returns:
         The file, or None where there is none or none can be used; and a line for each file that was tried before it.
@@ -231,13 +237,19 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
         try:
             step = verify(file).global_step
             if step >= claims[file]:
-                _load(file)
+                _check_holds(_load(file), needed, file)
                 return file, passed_over
             claims[file] = step
         except WeightsError as error:
             passed_over.append(str(error))
             del claims[file]
     return None, passed_over
+
+
+def _check_holds(checkpoint: Mapping[str, Any], needed: Collection[str], file: Path) -> None:
+    missing = [key for key in needed if key not in checkpoint]
+    if missing:
+        raise WeightsError(f"{file} holds weights only (no {', '.join(missing)}): training cannot go on from it.")
 
 
 def _instead_of(file: Path) -> str:

@@ -106,6 +106,7 @@ def write_checkpoint(
         temporary.replace(target)
         sync_folder(target.parent)
     write_manifest(target, [entry])
+    _WRITTEN.add(_identity(target))
     return entry
 
 
@@ -203,11 +204,22 @@ def present_entries(file: Path) -> list[Entry]:
         return []
     with suppress(WeightsError):
         entries = read_manifest(file)
-        # After a completed save there is one, and its file was checked when it was written.
-        if len(entries) == 1 and entries[0].bytes == file.stat().st_size:
+        # What this process wrote was hashed then. A file of another process is read again: a damaged one must not take
+        # the place of the one before it.
+        if len(entries) == 1 and _identity(file) in _WRITTEN:
             return entries
         return [verify(file)]
     return []
+
+
+_WRITTEN: set[tuple[int, int, int]] = set()
+"""The files that this process wrote, as `_identity` tells them."""
+
+
+def _identity(file: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is replaced or written to."""
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def verify(file: Path) -> Entry:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from distill.checkpoint import newest_verified, read_checkpoint
+from distill.checkpoint import TRAINING_STATE, newest_verified, read_checkpoint
 from distill.errors import ConfigError, WeightsError
 
 RESUME_POINT_KEY = "resume_point"
@@ -58,7 +58,7 @@ def resume_from(run_dir: Path, resume: str, ckpt_path: str | Path | None) -> Res
 
 
 def _newest(folder: Path) -> ResumeFrom | None:
-    path, passed_over = newest_verified(folder)
+    path, passed_over = newest_verified(folder, needed=TRAINING_STATE)
     if path is not None:
         return _point(path, [f"Passed over: {reason}" for reason in passed_over])
     if passed_over:

@@ -174,6 +174,8 @@ class ShardCache:
 
     def _reserve(self, partial: Path, num_bytes: int, location: str) -> None:
         """Make room, and let the file's name tell other processes how much of it is taken."""
+        # This process holds the shard's lock, so a download that is there was left by one that is gone.
+        partial.unlink(missing_ok=True)
         deadline = time.monotonic() + self._patience_s
         while True:
             # Held for moments only; whoever waits longer is told by an error, as for any other trouble with the disk.

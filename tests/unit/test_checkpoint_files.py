@@ -24,7 +24,8 @@ IO = AtomicCheckpointIO()
 
 
 def state(step: int, count: int = 1000) -> dict[str, Any]:
-    return {"state_dict": {"a": torch.full((count,), float(step))}, "global_step": step, "epoch": 0}
+    training = {"optimizer_states": [], "loops": {}}
+    return {"state_dict": {"a": torch.full((count,), float(step))}, "global_step": step, "epoch": 0, **training}
 
 
 def save(folder: Path, step: int, name: str = "last.ckpt", count: int = 1000) -> Path:
@@ -189,6 +190,25 @@ def test_a_checkpoint_altered_after_it_was_verified_is_read_again(tmp_path: Path
     flip_a_bit(last)
     with pytest.raises(WeightsError, match="damaged"):
         verify(last)
+
+
+def test_a_damaged_file_never_takes_the_place_of_the_one_before_it(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    flip_a_bit(save(tmp_path, 2))
+    save(tmp_path, 3)
+    assert verify(tmp_path / "last.ckpt").global_step == 3
+    assert verify(tmp_path / "previous.ckpt").global_step == 1
+
+
+def test_resume_auto_passes_over_weights_without_the_state_of_training(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    last = save(folder, 1)
+    weights_only = {key: value for key, value in state(5).items() if key not in ("optimizer_states", "loops")}
+    IO.save_checkpoint(weights_only, folder / "epoch=0-step=5.ckpt")
+    point = resume_from(tmp_path, "auto", None)
+    assert point is not None
+    assert point.path == last
+    assert "step=5.ckpt holds weights only" in point.notices[0]
 
 
 def test_resume_auto_fails_with_the_list_when_there_are_checkpoints_and_none_verifies(tmp_path: Path) -> None:

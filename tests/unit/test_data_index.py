@@ -176,6 +176,18 @@ def test_a_damaged_index_file_is_made_again(tmp_path: Path, damage: bytes | None
     assert target.stat().st_size > 500
 
 
+def test_no_flipped_bit_of_an_index_file_is_more_than_a_reason_to_make_it_again(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "x-0.tar")
+    before = build_index(tmp_path).fingerprint
+    target = index_file(shard, None)
+    sound = target.read_bytes()
+    for place in range(0, len(sound), 41):
+        damaged = bytearray(sound)
+        damaged[place] ^= 1 << place % 8
+        target.write_bytes(damaged)
+        assert build_index(tmp_path).fingerprint == before
+
+
 def test_an_index_file_that_points_outside_the_shard_is_made_again(tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "x-0.tar")
     good = build_index(tmp_path)

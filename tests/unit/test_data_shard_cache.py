@@ -168,6 +168,14 @@ def test_a_download_of_a_killed_process_is_swept(fault_server: Any, tmp_path: Pa
     assert not left.exists()
 
 
+def test_a_restart_is_not_in_the_way_of_its_own_killed_download(fault_server: Any, tmp_path: Path) -> None:
+    cache = ShardCache(config_of(tmp_path / "cache", shards=1))
+    url = fault_server.add("/x-0.tar", content_of(0))
+    left = tmp_path / "cache" / f"{digest(content_of(0))}.{SHARD_BYTES}.partial"
+    left.write_bytes(b"half of it")
+    assert read(cache, url, content_of(0)) == content_of(0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_processes_that_want_the_same_shard_download_it_once(fault_server: Any, tmp_path: Path, method: str) -> None:
