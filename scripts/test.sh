@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests on the CPU, in .venv (made on the first call). Arguments go to pytest: scripts/test.sh -m "not slow"
+# Runs the tests on the CPU, in .venv (made on the first call), two at a time. Arguments go to pytest:
+#   scripts/test.sh -m "not slow"
+# Older transformers, OpenVINO and ExecuTorch, which some exports are tested with, are installed beside it under .consumers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 make_environment "${VENV:-.venv}" demo,dev,export,report,onnx,gguf,s3,pack,ray
-exec python -m pytest "$@"
+PYTHON=python bash scripts/consumers.sh
+# One thread a process: the models are tiny, and a file's tests share what they have made.
+export OMP_NUM_THREADS=1
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"
