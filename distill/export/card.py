@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 
 from distill import __version__
 from distill.encoder import TimmLayoutEncoder
-from distill.export.contract import ExportTarget
+from distill.export.contract import ExportTarget, companion_flag, reading_of
 from distill.export.files import MANIFEST_FILE, sha256, write_json, write_text
-from distill.export.provenance import UNKNOWN_LICENCE, Provenance
+from distill.export.libmtmd import TESTED_VERSION
+from distill.export.mmproj import TESTED_KEY
+from distill.export.provenance import UNKNOWN_LICENCE, Provenance, Source
 from distill.export.reshape import POSITION_METHOD, ReshapedEncoder
 from distill.export.verify import Verification
 
@@ -21,13 +23,22 @@ CARD_FILE = "README.md"
 MANIFEST_VERSION = "distill-export/2"
 """Name and version of manifest.json's schema; the number grows when a key changes its meaning or goes away."""
 
+GIVEN_LICENCE = "terms of the directory given"
+"""Licence of a text tower or projector: whoever exports knows where it came from, the run does not."""
+
 _LIBRARIES = {"timm": "timm", "open_clip": "open_clip", "onnx": "onnx", "gguf": "gguf", "executorch": "executorch"}
 _TRANSFORMERS_FORMATS = ("internvl", "internvl-hf", "dinov2-hf", "clip-hf")
 
 _READING_NOTES = {
     "clip-hf": "LLaVA-like programs read -2 by default: set `vision_feature_layer=-1`. `pooler_output` was not "
-    "trained.",
-    "internvl-hf": "In `InternVLForConditionalGeneration` it is the default; `pooler_output` is empty: pool yourself.",
+    "trained. MobileVLM and LLaVA's `anyres` read `size['shortest_edge']`, which the squash of this directory's "
+    "preprocessing does not have: they stop there.",
+    "internvl-hf": "In `InternVLForConditionalGeneration` it is the default; `pooler_output` is empty: pool yourself. "
+    "transformers 4.57 cannot give its `output_hidden_states`: read `last_hidden_state`.",
+    "gguf": "The file holds the projector as well, so llama.cpp gives projected features of this layer. Tested is "
+    f"llama-cpp-python {TESTED_VERSION} (GGUF key `{TESTED_KEY}`). Another llama.cpp may read the class token's "
+    "position from another row (an upstream change is open, issue 25814) and gives wrong features without an error. "
+    "To check one, compare its features with golden.safetensors: `distill.export.verify.verify_export(directory)`.",
     "dinov2-hf": "`last_hidden_state` has one more norm: read `hidden_states[-1]`.",
     "open_clip": "`encode_image` reads the class token after one more norm and a projection; only the original CLIP "
     "was trained for that, so judge zero-shot accuracy before you rely on it.",
@@ -65,9 +76,9 @@ def write_manifest(
             "image_mean": list(encoder.image_mean),
             "image_std": list(encoder.image_std),
         },
-        "features": {**_features(encoder), "trained_layers": trained_layers(encoder, provenance)},
+        "features": {**_features(encoder, target), "trained_layers": trained_layers(encoder, provenance)},
         "verification": {"layers": list(range(-count, 0)), **proof},
-        "sources": [asdict(source) for source in provenance.sources],
+        "sources": [asdict(source) for source in _sources(target, provenance)],
         "recipe": provenance.recipe,
         "metrics": provenance.metrics,
         "versions": {"encoder-distill": __version__, "torch": torch.__version__},
@@ -91,13 +102,14 @@ def trained_layers(encoder: TimmLayoutEncoder, provenance: Provenance) -> list[i
     return list(range(-1, -min(provenance.trained_layers - cut, encoder.depth) - 1, -1))
 
 
-def _features(encoder: TimmLayoutEncoder) -> dict[str, Any]:
+def _features(encoder: TimmLayoutEncoder, target: ExportTarget) -> dict[str, Any]:
     """Return how the features are read, and what the export changed about them."""
     changed = encoder if isinstance(encoder, ReshapedEncoder) else None
     resized = changed is not None and changed.changes.img_size is not None
     return {
         "select_layer": -1,
         "has_cls": encoder.num_prefix_tokens > 0,
+        "cls_in_output": encoder.num_prefix_tokens > 0 and reading_of(target).cls_in_output,
         "norm_after": False,
         "position_embedding_resized_by_export": resized,
         "position_embedding_method": POSITION_METHOD if resized else None,
@@ -119,14 +131,21 @@ def write_card(
     sections = [
         _front_matter(target, provenance),
         _summary(encoder, target, provenance),
-        f'## Loading\n\n```python\ndirectory = "."  # this directory\n\n{target.loading_code()}```\n',
+        _loading(target),
         _reading(encoder, target, provenance),
         _metrics(provenance),
-        _proof(directory, verification),
-        _licences(provenance),
+        _proof(directory, target, verification),
+        _licences(_sources(target, provenance)),
         _recipe(provenance),
     ]
     write_text(directory / CARD_FILE, "\n".join(section for section in sections if section))
+
+
+def _loading(target: ExportTarget) -> str:
+    code = f'## Loading\n\n```python\ndirectory = "/path/to/export"\n\n{target.loading_code()}```\n'
+    if target.FORMAT not in _TRANSFORMERS_FORMATS:
+        return code
+    return f"{code}\ntransformers 4.37 takes neither `.` nor a directory with a dot in its name.\n"
 
 
 def _front_matter(target: ExportTarget, provenance: Provenance) -> str:
@@ -150,17 +169,18 @@ def _summary(encoder: TimmLayoutEncoder, target: ExportTarget, provenance: Prove
     return (
         f"A vision encoder of {encoder.layout} layout (timm `{encoder.timm_architecture}`){origin}, in the format "
         f"`{target.FORMAT}`. It has {encoder.depth} layers of width {encoder.embed_dim} and turns an image of "
-        f"{encoder.img_size} x {encoder.img_size} px into a {grid} x {grid} grid of patch tokens with "
-        f"{encoder.num_prefix_tokens} token(s) in front.\n"
+        f"{encoder.img_size} x {encoder.img_size} px into a {grid} x {grid} grid of patch tokens and "
+        f"{encoder.num_prefix_tokens} prefix token(s).\n"
     )
 
 
 def _reading(encoder: TimmLayoutEncoder, target: ExportTarget, provenance: Provenance) -> str:
-    features, trained = _features(encoder), trained_layers(encoder, provenance)
+    features, trained = _features(encoder, target), trained_layers(encoder, provenance)
+    reading = reading_of(target)
     lines = [
         f"- **Preprocessing**: RGB, squashed to {encoder.img_size} x {encoder.img_size} px by bicubic resampling (no "
-        f"crop, no padding), scaled to [0, 1], mean {list(encoder.image_mean)}, std {list(encoder.image_std)}. The "
-        "config in this directory does exactly this.",
+        f"crop, no padding), scaled to [0, 1], mean {list(encoder.image_mean)}, std {list(encoder.image_std)}. "
+        f"{reading.preprocessing}",
         "- **Layer to read**: the last one before any final norm, `select_layer = -1`.",
     ]
     if trained is not None:
@@ -169,7 +189,7 @@ def _reading(encoder: TimmLayoutEncoder, target: ExportTarget, provenance: Prove
     if target.FORMAT in _READING_NOTES:
         lines.append(f"  {_READING_NOTES[target.FORMAT]}")
     if features["has_cls"]:
-        lines.append(f"- **Class token**: {encoder.num_prefix_tokens} token(s) in front of the patches; drop them.")
+        lines.append(f"- **Class token**: {reading.class_token.format(count=encoder.num_prefix_tokens)}")
     lines.append(_positions(encoder, features))
     if features["layers_kept"] != features["layers_of_the_student"]:
         lines.append(
@@ -205,7 +225,7 @@ def _metrics(provenance: Provenance) -> str:
     return "## Fidelity to the teacher, by domain\n\n" + "\n".join(rows) + f"\n\n{note}\n"
 
 
-def _proof(directory: Path, verification: Verification) -> str:
+def _proof(directory: Path, target: ExportTarget, verification: Verification) -> str:
     rows = ["| file | precision | size | worst difference | lowest cosine | latency |", "| --- " * 6 + "|"]
     for proof in verification.variants:
         latency = "" if proof.latency_ms is None else f"{proof.latency_ms:.1f} ms"
@@ -217,16 +237,24 @@ def _proof(directory: Path, verification: Verification) -> str:
     return (
         "## Verified\n\n"
         f"Before it was published, `{verification.consumer}` loaded this directory in a fresh process with no missing "
-        "and no unexpected weight and gave the encoder's own features of one fixed image (golden.safetensors). "
+        f"and no unexpected weight and gave {reading_of(target).golden} of one fixed image (golden.safetensors). "
         "Latency is the median of five passes at batch 1 on the CPU of the machine that exported it.\n\n"
         + "\n".join([*rows, "", *hashes])
         + "\n"
     )
 
 
-def _licences(provenance: Provenance) -> str:
-    rows = [f"| {source.role} | `{source.description}` | {source.licence} |" for source in provenance.sources]
-    unknown = any(source.licence == UNKNOWN_LICENCE for source in provenance.sources) or not rows
+def _sources(target: ExportTarget, provenance: Provenance) -> list[Source]:
+    """Return what the export derives from: the run's sources, and the file or directory given beside the encoder."""
+    flag = companion_flag(target)
+    path = cast(Path | None, getattr(target, flag, None)) if flag else None
+    given = [Source(flag.replace("_", " "), path.resolve().name, GIVEN_LICENCE)] if flag and path else []
+    return [*provenance.sources, *given]
+
+
+def _licences(sources: list[Source]) -> str:
+    rows = [f"| {source.role} | `{source.description}` | {source.licence} |" for source in sources]
+    unknown = any(source.licence in (UNKNOWN_LICENCE, GIVEN_LICENCE) for source in sources) or not rows
     table = "\n".join(["| what | which | licence |", "| --- | --- | --- |", *rows]) + "\n\n" if rows else ""
     advice = (
         "Where the licence is not recorded, check it before you publish or sell this encoder. "

@@ -10,6 +10,7 @@ Three members are optional, because few targets need them:
   `[1, 3, S, S]`.
 - `COMPANION: str` and `with_companion(path) -> ExportTarget`: the flag of `distill export` that names a file or
   directory this target needs beside the encoder, and the target that uses it. Without it, `check` refuses.
+- `READING: Reading`: what the card says of the consumer's output and preprocessing, where `Reading()` is not true.
 - `INSTALL: str`: the command that installs the consumer, where that is not `pip install 'encoder-distill[EXTRA]'`.
 """
 
@@ -96,6 +97,23 @@ class ConsumerFeatures:
     forward: Callable[[], object] | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a reader of the export meets, as the card puts it.
+
+    Attributes:
+        cls_in_output: the class token and registers stand in front of the patches in the consumer's output.
+        class_token: where they are; `{count}` is how many.
+        preprocessing: what prepares images so.
+        golden: what golden.safetensors holds.
+    """
+
+    cls_in_output: bool = True
+    class_token: str = "{count} token(s) in front of the patches; drop them."
+    preprocessing: str = "The config in this directory does exactly this."
+    golden: str = "the encoder's own features"
+
+
 class ExportTarget(Protocol):
     """One export format; the modules of this folder offer it."""
 
@@ -177,6 +195,11 @@ def golden_features_of(
     if function is None:
         return None
     return lambda pixel_values: cast(list[Layer], function(encoder, directory, pixel_values))
+
+
+def reading_of(target: ExportTarget) -> Reading:
+    """Return how the target's output is read."""
+    return cast(Reading, getattr(target, "READING", Reading()))
 
 
 def companion_flag(target: ExportTarget) -> str | None:

@@ -24,7 +24,14 @@ from distill.errors import ExportError
 from distill.export.contract import Bound, ConsumerFeatures, Variant
 from distill.export.files import cannot_write
 from distill.export.fresh_process import CONSUMERS_ROOT, PACKAGE_ROOT
-from distill.export.graph_module import as_layer, build_graph_module, signature_pixels, trace, write_signature
+from distill.export.graph_module import (
+    GRAPH_READING,
+    as_layer,
+    build_graph_module,
+    signature_pixels,
+    trace,
+    write_signature,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,6 +42,7 @@ EXTRA = "executorch"
 INSTALL = "bash scripts/consumers.sh executorch"
 CONSUMER_FOLDER: str | None = "executorch"
 LAYERS = (-1,)
+READING = GRAPH_READING
 PROGRAM_FILE = "encoder.pte"
 LOWERING_TIMEOUT_S = 1800.0
 

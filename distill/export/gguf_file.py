@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import Bound, ConsumerFeatures, Variant
+from distill.export.contract import Bound, ConsumerFeatures, Reading, Variant
 from distill.export.golden import Preprocessing
 from distill.export.libmtmd import TESTED_VERSION, MtmdSession, llama_version
 from distill.export.mmproj import (
@@ -47,6 +47,14 @@ VARIANTS = (
 RMS_NORM_SHAPE = (3200, 45)
 """Width and depth for which llama.cpp takes an InternViT's norms for RMSNorm."""
 
+GGUF_READING = Reading(
+    cls_in_output=False,
+    class_token="{count} token(s), which llama.cpp drops in front of the projector.",
+    preprocessing="There is no config file: the GGUF keys hold size, mean and std, and llama.cpp itself cuts larger "
+    "images into tiles of this size.",
+    golden="the projected features",
+)
+
 
 @dataclass(frozen=True)
 class GgufTarget:
@@ -65,6 +73,7 @@ class GgufTarget:
     CONSUMER_FOLDER: str | None = "llama-cpp"
     LAYERS: tuple[int, ...] = (-1,)
     COMPANION: str = "projector"
+    READING: Reading = GGUF_READING
 
     def with_companion(self, path: Path) -> GgufTarget:
         """Return the target that writes this projector beside the encoder."""
@@ -174,10 +183,14 @@ def _check_encoder(encoder: TimmLayoutEncoder) -> None:
             f"img_size {encoder.img_size} gives an odd grid of patches, which InternVL's projector cannot halve. "
             f"Give --img_size {encoder.img_size + encoder.patch_size}."
         )
-    if encoder.embed_dim % QUANTUM:
+    _check_quantum(encoder.embed_dim, "the width")
+    _check_quantum(read_vit_shape(timm_skeleton(encoder)).mlp_dim, "the MLP's width")
+
+
+def _check_quantum(width: int, name: str) -> None:
+    if width % QUANTUM:
         raise ExportError(
-            f"q8_0 packs {QUANTUM} weights of a row together, and the width {encoder.embed_dim} is no multiple of it. "
-            "Use onnx."
+            f"q8_0 packs {QUANTUM} weights of a row together, and {name} {width} is no multiple of it. Use onnx."
         )
 
 

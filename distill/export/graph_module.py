@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ExportError
+from distill.export.contract import Reading
 from distill.export.files import write_json
 from distill.export.golden import Preprocessing
 from distill.export.weights import read_timm_weights, timm_skeleton
@@ -98,6 +99,13 @@ def build_graph_module(encoder: TimmLayoutEncoder) -> GraphModule:
         model = timm.create_model(encoder.timm_architecture, pretrained=False, **args)
     model.load_state_dict(weights, strict=True, assign=True)
     return GraphModule(model.requires_grad_(False).eval(), encoder.num_prefix_tokens).eval()
+
+
+GRAPH_READING = Reading(
+    cls_in_output=False,
+    class_token="{count} token(s), in a second output (`prefix_tokens`) behind the patches; drop nothing.",
+    preprocessing="The graph holds none of this: preprocessor.json has the numbers, and the lines above apply them.",
+)
 
 
 def output_names(num_prefix_tokens: int) -> list[str]:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ExportError
 from distill.export.files import cannot_write
+from distill.export.libmtmd import TESTED_VERSION
 from distill.export.weights import ViTShape, refuse_leftovers
 
 SCALE_FACTOR = 2
@@ -37,6 +38,9 @@ ACTIVATION_KEYS: dict[str, dict[str, bool]] = {
 }
 QUANTUM = 32
 """Weights of a row that q8_0 packs together."""
+
+TESTED_KEY = "distill.tested_llama_cpp_python"
+"""GGUF key that names the llama-cpp-python release whose libmtmd reproduced the features."""
 
 _STEM_NAMES = {
     "cls_token": "v.class_embd",
@@ -194,6 +198,8 @@ def _write_keys(writer: Any, encoder: TimmLayoutEncoder, shape: ViTShape, *, pro
         "preproc_min_tiles": MIN_TILES,
         "preproc_max_tiles": MAX_TILES,
     }
+    # Another llama.cpp may read the class token's position elsewhere: whoever meets the file can see what was tested.
+    writer.add_string(TESTED_KEY, TESTED_VERSION)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_string("clip.projector_type", "internvl")
     for key, flag in ACTIVATION_KEYS[shape.hidden_act].items():

@@ -8,6 +8,7 @@ activations quantised as they come; everything else float32).
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +22,7 @@ from distill.export.contract import Bound, ConsumerFeatures, Variant
 from distill.export.files import cannot_write
 from distill.export.golden import Preprocessing, draw_image
 from distill.export.graph_module import (
+    GRAPH_READING,
     INPUT_NAME,
     HalfGraphModule,
     as_layer,
@@ -42,6 +44,7 @@ REQUIRES = ("onnx", "onnxscript", "onnxruntime")
 EXTRA = "onnx"
 CONSUMER_FOLDER: str | None = None
 LAYERS = (-1,)
+READING = GRAPH_READING
 
 FLOAT32_FILE = "encoder.onnx"
 OPSET18_FILE = "encoder_opset18.onnx"
@@ -112,23 +115,36 @@ def _golden_pixels(encoder: TimmLayoutEncoder) -> Tensor:
 
 
 def _remove_distant(directory: Path, pixel_values: Tensor) -> dict[str, str]:
-    """Remove graphs whose tokens are too far from the float32 graph's; return file names and reasons."""
+    """Remove graphs too far from float32, alone or in a batch; return file names and reasons."""
+    removed: dict[str, str] = {}
+    reference = _open_graph(directory, FLOAT32_FILE)(pixel_values)
+    for variant in variants(directory):
+        reason = None if variant.bound.cosine is None else _distance(directory, variant, pixel_values, reference)
+        if reason is not None:
+            (directory / variant.file).unlink()
+            removed[variant.file] = reason
+    return removed
+
+
+def _distance(directory: Path, variant: Variant, pixel_values: Tensor, reference: Layer) -> str | None:
+    """Return why a graph of lower precision is left out, or None."""
+    forward, bound = _open_graph(directory, variant.file), variant.bound.cosine or 0.0
+    layer = forward(pixel_values)
+    cosine = lowest_cosine(layer, reference)
+    if not cosine >= bound:  # a NaN is too far as well
+        return f"its lowest cosine with float32 is {cosine:.4f}, at least {bound:g} is asked for"
+    try:
+        check_batches(layer, forward, pixel_values, BATCH_COSINES[variant.name], "it")
+    except ExportError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def _open_graph(directory: Path, file: str) -> Callable[[Tensor], Layer]:
     import onnxruntime
 
-    removed: dict[str, str] = {}
-    present = [variant for variant in variants(directory) if variant.bound.cosine is not None]
-    layers = {
-        file: run_session(
-            onnxruntime.InferenceSession(directory / file, providers=["CPUExecutionProvider"]), directory, pixel_values
-        )
-        for file in (FLOAT32_FILE, *(variant.file for variant in present))
-    }
-    for variant in present:
-        cosine, bound = lowest_cosine(layers[variant.file], layers[FLOAT32_FILE]), variant.bound.cosine
-        if bound is not None and not cosine >= bound:  # a NaN is too far as well
-            (directory / variant.file).unlink()
-            removed[variant.file] = f"its lowest cosine with float32 is {cosine:.4f}, at least {bound:g} is asked for"
-    return removed
+    session = onnxruntime.InferenceSession(directory / file, providers=["CPUExecutionProvider"])
+    return partial(run_session, session, directory)
 
 
 def write_graph(module: nn.Module, img_size: int, names: list[str], path: Path, *, opset: int) -> None:
@@ -219,9 +235,7 @@ def consumer_features(directory: Path, variant: str, pixel_values: Tensor, num_l
     import onnxruntime
 
     file = next(item.file for item in VARIANTS if item.name == variant)
-    session = onnxruntime.InferenceSession(directory / file, providers=["CPUExecutionProvider"])
-    consumer = f"ONNX Runtime {onnxruntime.__version__}"
-    forward = partial(run_session, session, directory)
+    consumer, forward = f"ONNX Runtime {onnxruntime.__version__}", _open_graph(directory, file)
     layer = forward(pixel_values)
     check_batches(layer, forward, pixel_values, BATCH_COSINES[variant], f"{consumer} ({variant})")
     return ConsumerFeatures([layer], [], [], consumer, partial(forward, pixel_values))

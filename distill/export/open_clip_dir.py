@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import FLOAT32_BOUND, ConsumerFeatures, ExportTarget, Variant
+from distill.export.contract import FLOAT32_BOUND, ConsumerFeatures, ExportTarget, Reading, Variant
 from distill.export.files import cannot_write, write_json, write_safetensors
 from distill.export.weights import (
     check_position_grid,
@@ -84,6 +84,10 @@ class OpenCLIPTarget:
     CONSUMER_FOLDER: str | None = None
     LAYERS = (-2, -1)
     COMPANION = "text_tower"
+    READING = Reading(
+        cls_in_output=False,
+        class_token="{count} token(s), not in `features`: the lines above give the patches alone.",
+    )
 
     def with_companion(self, path: Path) -> ExportTarget:
         """Return the target that takes the text tower of this directory."""

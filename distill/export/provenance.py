@@ -18,8 +18,9 @@ from distill.checkpoint import RunDir, Which
 UNKNOWN_LICENCE = "not recorded"
 TRAINER_KEYS = ("max_steps", "max_epochs", "precision", "devices", "num_nodes", "accumulate_grad_batches")
 METRICS = ("cosine", "baseline", "skill")
-OUTSIDE_FOLDERS = re.compile(r"(?:~|(?:\.\./)+|(?<![\w./])/(?!/))(?:[^\s,:;{}]*/)?")
-"""The folders of an absolute path, of one in a home folder, or of one above the project, wherever in a string."""
+OUTSIDE_FOLDERS = re.compile(r"(?:(?i:\bfile:/+)|~|(?:\.\./)+|(?<![\w./])/(?!/))(?:[^\s,:;{}]*/)?")
+"""The folders of an absolute path or `file:` address, of a path in a home folder, or of one above the project, wherever
+in a string."""
 
 
 @dataclass(frozen=True)

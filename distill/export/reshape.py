@@ -1,7 +1,8 @@
 """Another depth, another image size, LayerScale folded away: an encoder changed once, before any target writes it.
 
-The changed encoder is a `TimmLayoutEncoder` again. Golden features are computed from it, so every target is verified
-as it is exported, and no consumer has to resize, cut or fold anything for itself.
+The changed encoder is a `TimmLayoutEncoder` again, and is compared with the student it was made of. Golden features are
+computed from it, so every target is verified as it is exported, and no consumer has to resize, cut or fold anything for
+itself.
 
 Legend: B images, P prefix tokens, G the patch grid's side, D width.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ConfigError, ExportError
+from distill.export.reshape_check import check_same_features
 from distill.export.weights import read_timm_weights, timm_skeleton
 
 POSITION_METHOD = "bicubic, antialias, float32"
@@ -163,7 +165,7 @@ def reshape(encoder: TimmLayoutEncoder, changes: Changes) -> TimmLayoutEncoder:
 
     Raises:
         ConfigError: a number is out of range; the message names the flag.
-        ExportError: the architecture cannot be changed so.
+        ExportError: the architecture cannot be changed so, or the result computes other features.
     """
     effective = _effective(encoder, changes)
     if effective == Changes():
@@ -181,7 +183,9 @@ def reshape(encoder: TimmLayoutEncoder, changes: Changes) -> TimmLayoutEncoder:
     if effective.fold_layer_scale:
         weights = fold_layer_scale(weights)
     model = _rebuild(encoder, args, weights)
-    return cast(TimmLayoutEncoder, ReshapedEncoder(encoder, effective, model, args).eval())
+    changed = cast(TimmLayoutEncoder, ReshapedEncoder(encoder, effective, model, args).eval())
+    check_same_features(encoder, changed)
+    return changed
 
 
 def _effective(encoder: TimmLayoutEncoder, changes: Changes) -> Changes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,15 +13,23 @@ from distill.checkpoint import RunDir, Which, load_student
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ConfigError, ExportError
 from distill.export.card import trained_layers, write_card, write_manifest
-from distill.export.contract import ExportTarget, bind_companion, companion_flag, golden_features_of
+from distill.export.contract import ExportTarget, bind_companion, golden_features_of
 from distill.export.files import check_target, staged
 from distill.export.fresh_process import require_consumer
 from distill.export.golden import compute_golden, write_golden
 from distill.export.outcome import Exported, NotExported, outcome_table, reason_lines
 from distill.export.provenance import Provenance, read_provenance
 from distill.export.reshape import Changes, reshape
+from distill.export.selection import (
+    bind_companions,
+    format_names,
+    named_targets,
+    possible_targets,
+    refuse_with_into,
+    unexpected,
+)
 from distill.export.splice import splice
-from distill.export.targets import TARGETS, find_target
+from distill.export.targets import find_target
 from distill.export.verify import verify_export
 
 __all__ = ["Exported", "as_timm_layout", "export", "export_encoder"]
@@ -48,8 +56,8 @@ def export(
     """Write a run's student in the formats that other programs load without this project.
 
     Nothing is published unless the consumer's own class, in a fresh process, gives the student's features: within
-    1e-5 in float32 (within eight float32 steps of a layer's largest feature where features pass 10.5), and within a
-    stated cosine for smaller precisions.
+    1e-5 in float32, within 1e-4 for the float32 graphs of onnx and executorch (in proportion where features pass
+    10.5), and within a stated cosine for smaller precisions.
 
     Args:
         run: the run directory that `distill fit` wrote.
@@ -81,15 +89,18 @@ def export(
         WeightsError: the checkpoint is missing, damaged or does not fit.
         ExportError: the layout forbids a format, files cannot be written, or a consumer gave other features.
     """
-    names = _format_names(format)
-    targets = _bind_companions(_named_targets(names), {"text_tower": text_tower, "projector": projector})
+    names = format_names(format)
+    if into is not None:
+        flags = {"text_tower": text_tower, "projector": projector, "format": names, "overwrite": overwrite or None}
+        refuse_with_into({flag: value is not None for flag, value in flags.items()})
+    targets = bind_companions(named_targets(names), {"text_tower": text_tower, "projector": projector})
     directory = RunDir(run)
     name, module = load_student(run, name=student, which=which)
     encoder = reshape(as_timm_layout(module), Changes(layers, img_size, fold_layer_scale))
     provenance = read_provenance(directory, name, which)
     if into is not None:
-        return [_splice(encoder, provenance, into, out, is_format_given=names is not None, trust=trust_remote_code)]
-    possible, others = _possible_targets(encoder, targets, must_all=names is not None)
+        return [_splice(encoder, provenance, into, out, trust=trust_remote_code)]
+    possible, others = possible_targets(encoder, targets, must_all=names is not None)
     root = directory.path / "exports" if out is None else out
     is_single = out is not None and names is not None and len(names) == 1
     places = [root if is_single else root / target.FORMAT for target in possible]
@@ -97,8 +108,11 @@ def export(
         check_target(place.resolve(), overwrite=overwrite)
     exported, failed = _publish_all(encoder, possible, places, provenance, overwrite=overwrite)
     _print_outcome(exported, [*failed, *others])
+    failed += [item for item in others if item.is_failure]
     if failed:
-        raise ExportError(f"{len(failed)} of {len(possible)} exports failed. {failed[0].target}: {failed[0].reason}")
+        raise ExportError(
+            f"{len(failed)} of {len(exported) + len(failed)} exports failed. {failed[0].target}: {failed[0].reason}"
+        )
     return [item.directory for item in exported]
 
 
@@ -168,6 +182,8 @@ def _publish_all(
             exported.append(_publish(encoder, target, place, provenance, overwrite=overwrite))
         except ExportError as error:
             failed.append(NotExported(target.FORMAT, str(error), is_failure=True))
+        except Exception as error:  # one target's fault is not the others'
+            failed.append(unexpected(target, error))
     return exported, failed
 
 
@@ -177,13 +193,10 @@ def _splice(
     into: Path,
     out: Path | None,
     *,
-    is_format_given: bool,
     trust: bool,
 ) -> Path:
-    if out is None or is_format_given:
-        raise ConfigError(
-            "--into DIR needs --out NEW, where the changed copy goes, and takes no --format: DIR has one."
-        )
+    if out is None:
+        raise ConfigError("--into DIR needs --out NEW, where the changed copy goes.")
     trained = trained_layers(encoder, provenance)
     if trained == []:
         raise ConfigError("--layers keeps only layers that were not trained; keep more of them.")
@@ -226,62 +239,3 @@ def as_timm_layout(module: object) -> TimmLayoutEncoder:
             "distill.encoder.TimmLayoutEncoder. Give your student these members."
         )
     return cast(TimmLayoutEncoder, module)
-
-
-def _format_names(format: str | Sequence[str]) -> list[str] | None:
-    """Return the formats asked for, without repetition; None means all that are possible."""
-    words = [format] if isinstance(format, str) else list(format)
-    if words == ["all"]:
-        return None
-    if not words:
-        raise ConfigError(f"--format is empty; choose from {', '.join(TARGETS)}, or all.")
-    return list(dict.fromkeys(find_target(word).FORMAT for word in words))
-
-
-def _named_targets(names: Sequence[str] | None) -> list[ExportTarget]:
-    return [TARGETS[name] for name in (TARGETS if names is None else names)]
-
-
-def _bind_companions(targets: Sequence[ExportTarget], companions: Mapping[str, Path | None]) -> list[ExportTarget]:
-    """Return the targets with the files that the command line gives them.
-
-    Raises:
-        ConfigError: a file is given that no chosen format uses, or that does not exist.
-    """
-    wanted = {flag for flag in map(companion_flag, targets) if flag is not None}
-    given = {flag: path for flag, path in companions.items() if path is not None}
-    for flag, path in given.items():
-        if flag not in wanted:
-            users = [name for name, target in TARGETS.items() if companion_flag(target) == flag]
-            raise ConfigError(f"--{flag} is used by {', '.join(users) or 'no format'}, which --format leaves out.")
-        if not path.exists():
-            raise ConfigError(f"--{flag} {path} does not exist.")
-    flags = [companion_flag(target) or "" for target in targets]
-    return [
-        bind_companion(target, given[flag]) if flag in given else target
-        for target, flag in zip(targets, flags, strict=True)
-    ]
-
-
-def _possible_targets(
-    encoder: TimmLayoutEncoder, targets: Sequence[ExportTarget], *, must_all: bool
-) -> tuple[list[ExportTarget], list[NotExported]]:
-    """Return the targets that can be written and verified here, and the others with the reason.
-
-    Raises:
-        ConfigError: `must_all`, and a package is missing.
-        ExportError: `must_all`, and the student does not fit.
-    """
-    possible: list[ExportTarget] = []
-    others: list[NotExported] = []
-    for target in targets:
-        try:
-            target.check(encoder)
-            require_consumer(target)
-        except (ConfigError, ExportError) as error:
-            if must_all:
-                raise
-            others.append(NotExported(target.FORMAT, str(error)))
-        else:
-            possible.append(target)
-    return possible, others

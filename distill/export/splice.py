@@ -36,6 +36,9 @@ _DIRECTORY_KEYS = frozenset(
     | {"initializer_factor", "initializer_range", "layer_scale_init_value", "layerscale_value", "projection_dim"}
 )
 
+# Names of a backbone's stages: transformers makes them of the depth, and refuses those of another depth.
+_STAGE_KEYS = frozenset({"out_features", "out_indices", "stage_names"})
+
 
 @dataclass(frozen=True)
 class Spliced:
@@ -97,7 +100,8 @@ def splice(
     with staged(out, overwrite=False) as directory:
         tower, vision_config = _written_tower(vlm, encoder, dtype)
         copy_files(vlm, directory)
-        config = {**vlm.config, "vision_config": {**vlm.vision_config, **vision_config}}
+        kept = {key: value for key, value in vlm.vision_config.items() if key not in _STAGE_KEYS}
+        config = {**vlm.config, "vision_config": {**kept, **vision_config}}
         write_json(directory / CONFIG_FILE, config)
         write_weights(vlm, tower, directory)
         proof = verify_tower(vlm.kind, directory, encoder, golden, dtype, timeout_s)

@@ -144,6 +144,13 @@ def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
             "a copy that has safetensors, or convert them."
         )
     weight_map = cast(dict[str, str], _read_json(index).get("weight_map") or {}) if index.is_file() else {}
+    stray = sorted({path.name for path in directory.glob("*.safetensors")} - set(weight_map.values()))
+    if index.is_file() and stray:
+        # transformers prefers model.safetensors to an index, and so would go on with the old tower.
+        raise ExportError(
+            f"--into {directory}: {stray[0]} lies beside {INDEX_FILE}, which does not list it; programs may load the "
+            "one or the other. Remove the file that is out of date from a copy."
+        )
     files = sorted(set(weight_map.values())) or [WEIGHTS_FILE]
     tensors: dict[str, StoredTensor] = {}
     for name in files:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import CONFIG_FILE, WEIGHTS_FILE, ConsumerFeatures, Variant, single_variant
+from distill.export.contract import CONFIG_FILE, WEIGHTS_FILE, ConsumerFeatures, Reading, Variant, single_variant
 from distill.export.files import write_json, write_safetensors
 from distill.export.weights import read_timm_weights, timm_skeleton
 
@@ -26,6 +26,11 @@ REQUIRES = ("timm",)
 EXTRA = "export"
 CONSUMER_FOLDER: str | None = None
 LAYERS = (-2, -1)
+READING = Reading(
+    cls_in_output=False,
+    class_token="{count} token(s), not in `features`: the lines above give the patches alone. transformers' "
+    "`AutoModel` has them in front of the patches.",
+)
 
 
 def check(encoder: TimmLayoutEncoder) -> None:

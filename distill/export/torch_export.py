@@ -13,6 +13,7 @@ from distill.encoder import Layer, TimmLayoutEncoder
 from distill.export.contract import FLOAT32_BOUND, ConsumerFeatures, Variant
 from distill.export.files import cannot_write
 from distill.export.graph_module import (
+    GRAPH_READING,
     as_layer,
     build_graph_module,
     check_batches,
@@ -29,6 +30,7 @@ REQUIRES = ("torch",)
 EXTRA = "export"
 CONSUMER_FOLDER: str | None = None
 LAYERS = (-1,)
+READING = GRAPH_READING
 PROGRAM_FILE = "encoder.pt2"
 BATCH_COSINE = 0.99999
 

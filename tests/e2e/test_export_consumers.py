@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -134,7 +134,10 @@ def test_the_cards_code_loads_the_export_and_reads_the_students_features(
     (code,) = re.findall(r"```python\n(.*?)```", (directory / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(directory)
     names: dict[str, Any] = {}
-    exec(compile(code.replace("photo.jpg", "photo.png"), "README.md", "exec"), names)
+    exec(
+        compile(code.replace("photo.jpg", "photo.png").replace("/path/to/export", str(directory)), "README.md", "exec"),
+        names,
+    )
     (_, expected) = make_student(format).forward_hidden_states(
         torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0), num_layers=1
     )[0]
@@ -317,6 +320,9 @@ def test_the_verb_refuses_before_it_writes(run: Path, tmp_path: Path) -> None:
         export(run, format="timm", layers=9)
     with pytest.raises(ConfigError, match=r"--into DIR needs --out NEW"):
         export(run, into=tmp_path)
+    for flags in ({"format": "timm"}, {"overwrite": True}, {"projector": tmp_path}, {"text_tower": tmp_path}):
+        with pytest.raises(ConfigError, match=f"--into takes no --{next(iter(flags))}"):
+            export(run, into=tmp_path, out=tmp_path / "new", **cast(Any, flags))
     with pytest.raises(ExportError, match="cannot be exported as internvl-hf"):
         export(run, format=["timm", "internvl-hf"])
     (tmp_path / "notes").mkdir()

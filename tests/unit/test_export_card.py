@@ -11,7 +11,9 @@ import yaml
 
 from distill.checkpoint import RunDir
 from distill.export.card import write_card, write_manifest
+from distill.export.contract import bind_companion
 from distill.export.files import sha256
+from distill.export.libmtmd import TESTED_VERSION
 from distill.export.provenance import Provenance, Source, read_provenance
 from distill.export.run import as_timm_layout
 from distill.export.targets import find_target
@@ -139,3 +141,60 @@ def test_the_manifest_describes_the_features_and_hashes_every_file_but_the_card(
     assert set(manifest["files"]) == {"config.json", "model.safetensors", "preprocessor_config.json"}
     assert manifest["files"]["config.json"]["sha256"] == sha256(tmp_path / "config.json")
     assert manifest["recipe"]["model"]["limit"] == "inf"  # JSON has no infinity
+
+
+def test_a_file_address_is_published_as_its_last_part(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.config["data"]["init_args"]["train"] = ["file:///home/someone/shards/natural-*.tar", "s3://bucket/a/b-*.tar"]
+    provenance = read_provenance(run, "small", "last")
+    texts = [source.description for source in provenance.sources if source.role == "training data"]
+    assert texts == ["natural-*.tar", "s3://bucket/a/b-*.tar"]
+    assert "someone" not in json.dumps(provenance.recipe)
+
+
+READINGS = [
+    ("clip-hf", True, "1 token(s) in front of the patches; drop them", "The config in this directory"),
+    ("timm", False, "not in `features`", "The config in this directory"),
+    ("open_clip", False, "not in `features`", "The config in this directory"),
+    ("onnx", False, "a second output (`prefix_tokens`)", "preprocessor.json has the numbers"),
+    ("pt2", False, "a second output (`prefix_tokens`)", "preprocessor.json has the numbers"),
+    ("executorch", False, "a second output (`prefix_tokens`)", "preprocessor.json has the numbers"),
+    ("gguf", False, "which llama.cpp drops", "There is no config file"),
+]
+
+
+@pytest.mark.parametrize(("format", "in_output", "class_token", "preprocessing"), READINGS)
+def test_card_and_manifest_say_where_this_formats_class_token_is(
+    format: str, in_output: bool, class_token: str, preprocessing: str, tmp_path: Path, student: Any
+) -> None:
+    target = find_target(format)
+    write_card(tmp_path, student, target, Provenance("small"), VERIFICATION)
+    write_manifest(tmp_path, student, target, Provenance("small"), VERIFICATION)
+    card = (tmp_path / "README.md").read_text()
+    assert class_token in card
+    assert preprocessing in card
+    assert ("drop them" in card) is in_output
+    assert ("gave the projected features of one fixed image" in card) is (format == "gguf")
+    assert 'directory = "/path/to/export"' in card
+    features = json.loads((tmp_path / "manifest.json").read_text())["features"]
+    assert (features["has_cls"], features["cls_in_output"]) == (True, in_output)
+
+
+@pytest.mark.parametrize(("format", "role"), [("open_clip", "text tower"), ("gguf", "projector")])
+def test_what_was_given_beside_the_encoder_is_in_the_licences(
+    format: str, role: str, tmp_path: Path, student: Any
+) -> None:
+    target = bind_companion(find_target(format), Path("/home/someone/original"))
+    write_card(tmp_path, student, target, Provenance("small"), VERIFICATION)
+    write_manifest(tmp_path, student, target, Provenance("small"), VERIFICATION)
+    assert f"| {role} | `original` | terms of the directory given |" in (tmp_path / "README.md").read_text()
+    sources = json.loads((tmp_path / "manifest.json").read_text())["sources"]
+    assert [(source["role"], source["description"]) for source in sources] == [(role, "original")]
+
+
+def test_the_gguf_card_names_the_tested_release_and_how_to_check_another(tmp_path: Path, student: Any) -> None:
+    write_card(tmp_path, student, find_target("gguf"), Provenance("small"), VERIFICATION)
+    card = (tmp_path / "README.md").read_text()
+    assert f"llama-cpp-python {TESTED_VERSION}" in card
+    assert "Another llama.cpp may read the class token's position from another row" in card
+    assert "verify_export(directory)" in card

@@ -228,3 +228,15 @@ def test_the_weights_are_complete_and_none_is_left_over() -> None:
     with pytest.raises(ExportError, match=r"llama\.cpp's InternViT has no place for 1 weights"):
         again = read_timm_weights(student, timm_skeleton(student))
         mmproj.llama_names({**again, "norm.weight": torch.ones(32)}, {})
+
+
+def test_an_mlp_that_q8_0_cannot_pack_is_refused_before_anything_is_written(target: GgufTarget) -> None:
+    student = InternViT(weights="random", **SIZES, mlp_ratio=1.5)
+    with pytest.raises(ExportError, match="the MLP's width 48 is no multiple of it"):
+        target.check(student)
+
+
+def test_the_file_names_the_release_that_was_tested(target: GgufTarget, directory: Path) -> None:
+    target.write(make_student(), directory)
+    for variant in VARIANTS:
+        assert mmproj.read_fields(directory / variant.file)[mmproj.TESTED_KEY] == libmtmd.TESTED_VERSION

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,15 @@ def test_tracing_leaves_the_callers_random_numbers_alone() -> None:
     before = torch.random.get_rng_state()
     graph_module.build_graph_module(student)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_a_graph_that_fails_only_in_batches_is_left_out_and_the_others_stay(
+    exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(exports["clip"], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setitem(onnx_graph.BATCH_COSINES, "int8", 1.5)  # no cosine reaches it
+    removed = onnx_graph._remove_distant(tmp_path, onnx_graph._golden_pixels(make_student("clip")))
+    assert list(removed) == [onnx_graph.INT8_FILE]
+    assert "of a batch of 2 other features than alone" in removed[onnx_graph.INT8_FILE]
+    assert [variant.name for variant in onnx_graph.variants(tmp_path)] == ["float32", "float32-opset18", "float16"]

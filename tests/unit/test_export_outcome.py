@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from distill.export import run, timm_dir
 from distill.export.outcome import Exported, NotExported
+from distill.export.provenance import Provenance
 from distill.export.run import _print_outcome
+from distill.export.selection import possible_targets
+from distill.export.targets import TARGETS
 from distill.export.verify import VariantProof, Verification
 
 EXACT = VariantProof("float32", "encoder.onnx", 2_000_000, 2.5e-7, 1e-4, 0.9999999, None, 12.25)
@@ -29,3 +34,31 @@ def test_every_file_has_a_row_and_every_missing_format_a_reason(capsys: pytest.C
     assert "onnx: /runs/mine/exports/onnx\n" in printed
     assert "left out: clip-hf: it is of another layout\n" in printed
     assert "FAILED: timm: it differs\n" in printed
+
+
+def test_one_formats_unexpected_error_is_its_own_failure_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def publish(encoder: Any, target: Any, place: Path, *rest: Any, **options: Any) -> Exported:
+        if target.FORMAT == "gguf":
+            raise ValueError("rows of 30 cannot be packed")
+        return Exported(target.FORMAT, place, 1, Verification((EXACT,), 1.0, "it", 1.0))
+
+    monkeypatch.setattr(run, "_publish", publish)
+    targets = [TARGETS["gguf"], TARGETS["timm"]]
+    encoder: Any = None
+    places = [tmp_path, tmp_path]
+    exported, failed = run._publish_all(encoder, targets, places, Provenance("small"), overwrite=False)
+    assert [item.target for item in exported] == ["timm"]
+    assert failed == [NotExported("gguf", "ValueError: rows of 30 cannot be packed", is_failure=True)]
+    assert "Traceback" in caplog.text
+
+
+def test_an_unexpected_error_of_a_check_fails_that_format_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(encoder: Any) -> None:
+        raise KeyError("pos_embed")
+
+    monkeypatch.setattr(timm_dir, "check", check)
+    encoder: Any = None
+    possible, others = possible_targets(encoder, [TARGETS["timm"]], must_all=False)
+    assert (possible, others) == ([], [NotExported("timm", "KeyError: 'pos_embed'", is_failure=True)])

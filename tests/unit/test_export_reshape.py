@@ -119,3 +119,32 @@ def test_a_convolutional_student_is_exported_at_another_size_with_the_same_weigh
     larger = reshape(student, Changes(img_size=96))
     assert larger.img_size == 96
     assert_equal(layers_of(larger, 1, 96), layers_of(student, 1, 96), TOLERANCE)
+
+
+class Shuffled(ReshapedEncoder):
+    """A changed encoder that gives other features than its weights."""
+
+    def forward_hidden_states(self, images: torch.Tensor, num_layers: int) -> list[Layer]:
+        return [
+            (prefix, patches.roll(1, dims=1)) for prefix, patches in super().forward_hidden_states(images, num_layers)
+        ]
+
+
+@pytest.mark.parametrize("changes", [Changes(layers=2), Changes(img_size=28), Changes(fold_layer_scale=True)])
+def test_a_change_that_computes_other_features_than_the_student_is_refused(
+    changes: Changes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.export.reshape.ReshapedEncoder", Shuffled)
+    with pytest.raises(ExportError, match=r"block 1 differs from the student's by .* is allowed"):
+        reshape(noisy(InternViT(weights="random", **SIZES)), changes)
+
+
+def test_positions_resized_by_another_filter_than_the_students_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm import layers
+
+    resample: Any = layers.resample_abs_pos_embed
+    student = noisy(InternViT(weights="random", **SIZES))
+    other: Any = lambda *args, **options: resample(*args, **{**options, "interpolation": "nearest", "antialias": False})  # noqa: E731
+    monkeypatch.setattr(layers, "resample_abs_pos_embed", other)
+    with pytest.raises(ExportError, match="differs from the student's"):
+        reshape(student, Changes(img_size=28))

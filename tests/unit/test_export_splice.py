@@ -419,3 +419,24 @@ def test_a_directory_that_is_there_already_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="give another `--out`"):
         splice_into("internvl_chat", vlm, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+def test_an_index_beside_weights_that_it_does_not_list_is_refused(tmp_path: Path) -> None:
+    def change(vlm: Path) -> None:
+        weights = load_file(vlm / "model.safetensors")
+        shard = "model-00001-of-00001.safetensors"
+        save_file(weights, vlm / shard, metadata={"format": "pt"})
+        (vlm / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(weights, shard)}))
+
+    message = refusal("internvl_chat", tmp_path, make_student(), change)
+    assert f"model.safetensors lies beside {INDEX_FILE}, which does not list it" in message
+
+
+@pytest.mark.slow
+def test_a_shallower_dinov2_tower_takes_no_stage_names_from_the_deeper_one(tmp_path: Path) -> None:
+    vlm, out = make_vlm("llava with dinov2", tmp_path / "vlm"), tmp_path / "out"
+    vision = json.loads((vlm / "config.json").read_text())["vision_config"]
+    stages = {"stage_names": ["stem", "stage1", "stage2", "stage3"], "out_features": ["stage3"], "out_indices": [3]}
+    edit_config(vlm, vision_config={**vision, **stages})
+    assert splice_into("llava with dinov2", vlm, out, depth=2).proof.worst_difference <= TOLERANCE
+    assert not stages.keys() & json.loads((out / "config.json").read_text())["vision_config"].keys()
