@@ -11,22 +11,25 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
 from distill.control_group import ControlGroup
-from distill.errors import INTERRUPTED, PREEMPTED
+from distill.errors import INTERRUPTED, OVERDUE, PREEMPTED
 from distill.stop_signals import end_process, start_up_message
 
 LOOK_EVERY_S = 0.25
 STORE_TIMEOUT_S = 10.0
+ACKNOWLEDGE_S = 3.0
 FIRST_FAILURE, STOP_CODE = "first_failure", "stop_code"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,19 +119,19 @@ class RankMonitor:
     def report(self, failure: Failure) -> Failure:
         """Tell the others of this process's failure; return the first failure of the run, which may be another's."""
         try:
-            answer = self._store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(failure)))
+            answer = self._ask(lambda: self._store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(failure))))
             first = Failure(**json.loads(answer))
-            if self.rank == 0:  # the store ends with this process: let the others read it first
-                with contextlib.suppress(Exception):
-                    names = [f"ack/{rank}" for rank in range(1, self.world_size) if self._lives(rank)]
-                    self._store.wait(names, timedelta(seconds=3))
-        except Exception:  # rank 0 and its store are gone, and with them whoever failed first
+            self._wait_for_the_others("ack")
+        except Exception:  # rank 0 and its store are gone or do not answer, and with them whoever failed first
             return self.first or failure
         return first
 
     def announce_stop(self, code: int) -> None:
         """Tell the others that this process ends before the first step, and with which status."""
-        self._store.set(STOP_CODE, str(code))
+        self._closing.set()  # how the others end now is no news
+        self._ask(lambda: self._store.set(f"stopping/{self.rank}", "1"))
+        self._ask(lambda: self._store.set(STOP_CODE, str(code)))
+        self._wait_for_the_others("stopping")
 
     def wait_for_first(self, timeout_s: float) -> Failure | None:
         """Return the failure of another process, waiting for the news.
@@ -141,6 +144,20 @@ class RankMonitor:
 
     def _lives(self, rank: int) -> bool:
         return rank not in self.children or self.children[rank].poll() is None
+
+    def _wait_for_the_others(self, word: str) -> None:
+        """Let the others read the store first, which ends with rank 0."""
+        if self.rank == 0:
+            names = [f"{word}/{rank}" for rank in range(1, self.world_size) if self._lives(rank)]
+            with contextlib.suppress(Exception):
+                self._ask(lambda: self._store.wait(names, timedelta(seconds=ACKNOWLEDGE_S)))
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Ask the store, in a bounded time, which its own time limits do not give when rank 0 is frozen."""
+        return within(lambda: min(STORE_TIMEOUT_S, self.heartbeat_timeout_s), question)
+
+    def _patience(self) -> float:
+        return 0.0 if self._closing.is_set() else self.heartbeat_timeout_s
 
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_EVERY_S):
@@ -162,28 +179,39 @@ class RankMonitor:
         if self.rank and not self.children and os.getppid() != self._parent:
             return self._gone(0, f"its process, or what started rank {self.rank}, is gone")
         try:
-            if self._store.check([STOP_CODE]):
-                end_process(int(self._store.get(STOP_CODE)), start_up_message("another process of the run"))
-            self._store.add(f"beat/{self.rank}", 1)
-            if self._store.check([FIRST_FAILURE]):
-                failure = Failure(**json.loads(self._store.get(FIRST_FAILURE)))
-                self._store.set(f"ack/{self.rank}", "1")
-                return failure if failure.rank != self.rank else None
-            return self._silent()
+            return within(self._patience, self._read_store)
+        except TimeoutError:
+            return self._gone(0, f"it has not answered for {self.heartbeat_timeout_s:g} s")
         except Exception as error:  # whatever the store says when the process that serves it is gone
             return self._gone(0, f"its process is gone, and the store it served with it ({type(error).__name__})")
+
+    def _read_store(self) -> Failure | None:
+        if self._store.check([STOP_CODE]) and not self._closing.is_set():
+            self._store.set(f"stopping/{self.rank}", "1")
+            self._wait_for_the_others("stopping")
+            end_process(int(self._store.get(STOP_CODE)), start_up_message("another process of the run"))
+        self._store.add(f"beat/{self.rank}", 1)
+        if self._store.check([FIRST_FAILURE]):
+            failure = Failure(**json.loads(self._store.get(FIRST_FAILURE)))
+            self._store.set(f"ack/{self.rank}", "1")
+            return failure if failure.rank != self.rank else None
+        return self._silent()
 
     def _dead(self, rank: int, status: int) -> Failure | None:
         if status in (PREEMPTED, INTERRUPTED):
             end_process(status, start_up_message(f"rank {rank}"))
+        if status == OVERDUE:
+            end_process(OVERDUE, f"Rank {rank} was ended without saving (status {OVERDUE}). Older checkpoints stand.")
         # A rank that could still speak has told the store; one that was killed has not.
         with contextlib.suppress(Exception):
-            if self._store.check([FIRST_FAILURE]):
-                return Failure(**json.loads(self._store.get(FIRST_FAILURE)))
+            if self._ask(lambda: self._store.check([FIRST_FAILURE])):
+                return Failure(**json.loads(self._ask(lambda: self._store.get(FIRST_FAILURE))))
         end = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         return self._gone(rank, f"its process {end}")
 
     def _gone(self, rank: int, cause: str) -> Failure | None:
+        if self._closing.is_set():
+            return None
         path = self.folder / f"rank-{rank}.json"
         if path.is_file():  # it wrote its own cause
             with contextlib.suppress(ValueError, TypeError):
@@ -191,8 +219,9 @@ class RankMonitor:
         failure = Failure(rank, time.time(), -1, cause)
         with contextlib.suppress(OSError):
             failure.write(self.folder)
-        with contextlib.suppress(Exception):
-            self._store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(failure)))
+        if rank:  # else there is no store any more, and the others see it themselves
+            with contextlib.suppress(Exception):
+                self._ask(lambda: self._store.compare_set(FIRST_FAILURE, "", json.dumps(asdict(failure))))
         return failure
 
     def _silent(self) -> Failure | None:
@@ -214,3 +243,31 @@ class RankMonitor:
             with contextlib.suppress(OSError):
                 Failure(self.rank, time.time(), -1, "ended with the run", first=first.describe()).write(self.folder)
         end_process(1, f"error: rank {self.rank} ends because {first.describe()} (see {self.folder})")
+
+
+def within(limit_s: Callable[[], float], question: Callable[[], T]) -> T:
+    """Return the answer to a question, which a thread of its own waits for: nothing can interrupt a wait for a machine.
+
+    Args:
+        limit_s: returns how long to wait, in seconds in which this process itself was not stopped; asked for again
+            while waiting.
+        question: returns or raises.
+
+    Raises:
+        TimeoutError: there was no answer in time; the thread goes on waiting, and ends with the process.
+    """
+    answer: Future[T] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(question())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, name="rank-monitor-question", daemon=True).start()
+    looks = 0
+    while not wait([answer], timeout=min(LOOK_EVERY_S, limit_s())).done:
+        looks += 1
+        if looks * LOOK_EVERY_S >= limit_s():
+            raise TimeoutError(f"no answer within {limit_s():g} s")
+    return answer.result()

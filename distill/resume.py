@@ -14,6 +14,8 @@ from distill.checkpoint import TRAINING_STATE, newest_verified, read_checkpoint
 from distill.errors import ConfigError, WeightsError
 
 RESUME_POINT_KEY = "resume_point"
+FOLDERS = ("ledger", "non_finite", "failures", "tensorboard", "initial", "checkpoints")
+"""What a run keeps beside its recipe and its log, and a new run in the same folder begins anew."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,12 @@ def make_room(run_dir: Path, start: ResumeFrom | None) -> None:
 
 
 def set_earlier_run_aside(run_dir: Path) -> Path | None:
-    """Move an earlier run's logs, checkpoints and initial weights to `earlier-N/`, before a new run begins.
+    """Move an earlier run's logs, reports, checkpoints and initial weights to `earlier-N/`, before a new run begins.
 
     Returns:
         The folder, or None where there was nothing.
     """
-    found = [*run_dir.glob("metrics*.csv"), run_dir / "checkpoints", run_dir / "initial"]
+    found = [*run_dir.glob("metrics*.csv"), *(run_dir / name for name in FOLDERS)]
     found = [path for path in found if path.exists()]
     if not found:
         return None

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, Timer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -26,6 +26,7 @@ from distill.callbacks.non_finite import NonFiniteGuard
 from distill.callbacks.preemption import Preemption
 from distill.callbacks.resume_point import ResumePoint
 from distill.callbacks.step_seed import StepSeed
+from distill.callbacks.stop_reason import StopCause, StopReason, kept_cause
 from distill.callbacks.throughput import Throughput
 from distill.checkpoint_files import sweep
 from distill.data.datamodule import ShardDataModule
@@ -197,6 +198,7 @@ def default_loggers(run_dir: Path, *, purge_step: int | None = None) -> list[Log
 def default_callbacks(run_dir: Path, configured: list[Callback]) -> list[Callback]:
     """Return the callbacks every run has, leaving out a kind that the recipe configured itself."""
     defaults: list[Callback] = [
+        StopReason(),  # first: it looks before others save
         LastCheckpoint(run_dir / "checkpoints"),
         LearningRateMonitor("step"),
         Throughput(),
@@ -231,15 +233,21 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def check_finished(trainer: Trainer) -> None:
-    """Refuse to call a run finished that stopped before its last step, unless early stopping decided so.
+    """Refuse to call a run finished that the time limit stopped before its last step.
+
+    Early stopping and other callbacks that set `trainer.should_stop` decide that the run is finished.
 
     Raises:
-        ConfigError: earlier parts of the run had used all of trainer.max_time, so another start would do nothing.
+        ConfigError: earlier parts of the run had used all of the time limit, so another start would do nothing.
         UnfinishedError: with the status that asks for another start.
     """
     planned, done = trainer.estimated_stepping_batches, trainer.global_step
-    stopped_early = any(isinstance(own, EarlyStopping) and own.stopped_epoch for own in cast(Any, trainer).callbacks)
-    if done >= planned or planned == float("inf") or stopped_early or getattr(trainer, "fast_dev_run", False):
+    cause = kept_cause(trainer)
+    if cause is None or done >= planned or planned == float("inf") or getattr(trainer, "fast_dev_run", False):
+        return
+    if cause is not StopCause.TIMER:
+        who = "early stopping" if cause is StopCause.EARLY_STOPPING else "a callback that set trainer.should_stop"
+        rank_zero_info(f"Finished at step {done} of {planned:g}, as {who} decided.")
         return
     for timer in (own for own in cast(Any, trainer).callbacks if isinstance(own, Timer)):
         # The time of earlier parts, which Lightning takes from the checkpoint, has no public name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -85,17 +86,25 @@ class FailureReports(Callback):
             # What a collective says when a peer is gone is no first cause: wait for the news of that.
             is_secondary = not isinstance(exception, KeyboardInterrupt) and bool(SECONDARY.search(cause))
             news = monitor.wait_for_first(2 * self.grace_s) if is_secondary else monitor.first
+            if news is None:
+                keep(own, trainer)  # first, since telling the others takes time where rank 0 does not answer
             first = news or monitor.report(own)
         if first.rank != own.rank:
             own = Failure(own.rank, own.time, own.step, own.cause, own.traceback, first.describe())
             print(f"error: rank {own.rank} ends because {first.describe()}", file=sys.stderr, flush=True)
-        if not getattr(trainer, "fast_dev_run", False):
-            own.write(failures_folder(trainer))
+        keep(own, trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop watching, after all processes have come to the end."""
         monitor, self._monitor = self._monitor, None
         close(monitor)
+
+
+def keep(failure: Failure, trainer: Trainer) -> None:
+    """Write a failure where it can be written: on a full disk, its cause must still be raised and printed."""
+    if not getattr(trainer, "fast_dev_run", False):
+        with contextlib.suppress(OSError):
+            failure.write(failures_folder(trainer))
 
 
 def close(monitor: RankMonitor | None) -> None:

@@ -29,7 +29,8 @@ class NonFiniteGuard(Callback):
     small message a step.
 
     With a gradient scaler (precision 16-mixed) infinite gradients are how the scaler finds its scale, and it skips
-    those steps itself; here they are left alone.
+    those steps itself; here they are left alone. An optimiser that takes the scale away itself (`fused`) is looked at
+    by the scaler only after this: its gradients are made infinite, so that the scaler skips the step.
 
     Args:
         max_in_a_row: so many skipped steps one after another end the run: it is not bad luck then.
@@ -72,11 +73,10 @@ class NonFiniteGuard(Callback):
         Raises:
             TrainingError: too many steps in a row were skipped.
         """
-        checks_gradients = getattr(trainer.precision_plugin, "scaler", None) is None
-        found = self._find(optimizer, pl_module, checks_gradients=checks_gradients)
+        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        found = self._find(optimizer, pl_module, checks_gradients=not has_scaler)
         if self._group.highest(int(bool(found))):
-            for parameter in parameters_of(optimizer):
-                parameter.grad = None
+            spoil_gradients(optimizer, has_scaler=has_scaler)
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             path = self._write(trainer, found) if found else folder_of(trainer)
             rank_zero_warn(
@@ -165,6 +165,20 @@ def folder_of(trainer: Trainer) -> Path:
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:
     """Return all parameters of an optimiser."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def spoil_gradients(optimizer: Optimizer, *, has_scaler: bool) -> None:
+    """Make a step change nothing.
+
+    A scaler skips a step whose gradients are infinite, and refuses one in which it has seen none. It has seen them by
+    now, and would use what it is given, unless the optimiser takes the scale away itself, as fused ones do.
+    """
+    scaler_looks_later = has_scaler and bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+    for parameter in parameters_of(optimizer):
+        if not scaler_looks_later:
+            parameter.grad = None
+        elif parameter.grad is not None:
+            parameter.grad.fill_(torch.inf)
 
 
 def gradients_of(optimizer: Optimizer) -> list[Tensor]:

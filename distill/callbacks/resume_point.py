@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.loop import _Loop  # pyright: ignore[reportPrivateUsage]
 
+from distill.callbacks.rank_agreement import Fact, check_agreement
 from distill.checkpoint_files import claimed_step
-from distill.errors import ConfigError
+from distill.errors import DataError
 from distill.resume import RESUME_POINT_KEY
 
 FIT_LOOP = "fit_loop"
+
+
+@runtime_checkable
+class PlannedData(Protocol):
+    """Data that all ranks take from one plan."""
+
+    def facts(self) -> dict[str, Fact]:
+        """Return what has to be the same on every rank."""
+        ...
+
+    @property
+    def has_other_batches(self) -> bool:
+        """Whether the checkpoint's batches are of another size."""
+        ...
+
+    def batches_of(self, epoch_batches: int) -> int:
+        """Return how many of this run's batches the checkpoint's are."""
+        ...
 
 
 class ResumePoint(Callback):
@@ -28,23 +47,23 @@ class ResumePoint(Callback):
         self._validated_at = -1
         self._step_to_validate = -1
         self._max_steps = -1
+        self._has_other_batches = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that all processes go on from the same checkpoint, as they must where folders are not shared.
+        """Check that all processes have the same data and plan, and go on from the same checkpoint.
 
         Raises:
-            ConfigError: this one found another than the first.
+            ConfigError: one found another than the first; every rank raises it.
         """
         if stage != "fit":
             return
         path = trainer.ckpt_path
-        own = (Path(path).name, claimed_step(Path(path))) if path else ("no checkpoint", 0)
-        first = trainer.strategy.broadcast(own)
-        if own != first:
-            raise ConfigError(
-                f"Rank {trainer.global_rank} would go on from {own[0]} (step {own[1]}), and rank 0 from {first[0]} "
-                f"(step {first[1]}). trainer.default_root_dir must be a folder that all machines share."
-            )
+        own = f"{Path(path).name} (step {claimed_step(Path(path))})" if path else "no checkpoint (step 0)"
+        advice = "trainer.default_root_dir must be a folder that all machines share."
+        check_agreement(trainer, {"the checkpoint to go on from": own}, advice)
+        data = cast(Any, trainer).datamodule
+        facts = data.facts() if isinstance(data, PlannedData) else {}
+        check_agreement(trainer, facts, "Start every rank with the same recipe, on the same shards.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember that the validation after this batch is done."""
@@ -63,9 +82,19 @@ class ResumePoint(Callback):
                 logger.save()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember whether the validation was done."""
+        """Remember whether the validation was done, and count the epoch's batches in those of this run's size.
+
+        Raises:
+            DataError: the batch size changed where the epoch's images are no whole number of steps.
+        """
         if RESUME_POINT_KEY not in checkpoint:
             return
+        data = cast(Any, trainer).datamodule
+        # Of the total nothing is taken but differences: it stays, and with it the position's `batches`.
+        progress = checkpoint["loops"][FIT_LOOP]["epoch_loop.batch_progress"]
+        self._has_other_batches = isinstance(data, PlannedData) and data.has_other_batches
+        if self._has_other_batches and not progress["is_last_batch"]:
+            set_all(progress["current"], data.batches_of(int(progress["current"]["processed"])))
         if checkpoint[RESUME_POINT_KEY]["validation_is_due"]:
             self._step_to_validate = int(checkpoint["global_step"])
         else:
@@ -84,7 +113,11 @@ class ResumePoint(Callback):
             trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepare the loops for going on, before Lightning looks where it stands."""
+        """Prepare the loops for going on, before Lightning looks where it stands.
+
+        Raises:
+            DataError: the epoch has become shorter by another batch size, and nothing of it is left.
+        """
         loop = cast(Any, trainer.fit_loop)
         if not loop.is_resuming:
             return
@@ -94,16 +127,42 @@ class ResumePoint(Callback):
         if begins_epoch:
             # With max_steps set, Lightning takes a run between two epochs for one within an epoch.
             cast(Any, _Loop.restarting).fset(loop, False)
+        if self._has_other_batches and not begins_epoch:
+            set_epoch_batches(trainer)
         # It adds the step of a batch whose validation it comes back to, and no other.
         comes_back = not begins_epoch and epoch_loop._should_check_val_fx(loop._data_fetcher)
         is_step = not epoch_loop._should_accumulate()
         epoch_loop._batches_that_stepped = trainer.global_step - int(comes_back and is_step)
+        if self._has_other_batches and self._max_steps > 0 and not comes_back:
+            # By the new count no validation is due here: all is done.
+            epoch_loop.max_steps, self._max_steps = self._max_steps, -1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log the step that ended just before: Lightning does so after its last hook, and a checkpoint has it."""
         progress = cast(Any, trainer.fit_loop).epoch_loop.batch_progress.total
         if trainer.training and progress.processed == progress.completed + 1:
             cast(Any, trainer)._logger_connector.update_train_step_metrics()
+
+
+def set_epoch_batches(trainer: Trainer) -> None:
+    """Make a finished epoch finished by the present batch size, too, and refuse one that was cut to its end.
+
+    Args:
+        trainer: going on from a checkpoint with batches of another size, within an epoch.
+
+    Raises:
+        DataError: nothing is left of the epoch, and what comes at its end would be left out.
+    """
+    progress, planned = cast(Any, trainer.fit_loop).epoch_loop.batch_progress, int(trainer.num_training_batches)
+    if progress.is_last_batch:
+        current = progress.current
+        current.ready = current.started = current.processed = current.completed = planned
+    elif progress.current.ready >= planned:
+        raise DataError(
+            f"The checkpoint was saved within an epoch, after what are {progress.current.ready} batches with the "
+            f"present data.global_batch_size and trainer.accumulate_grad_batches; the epoch now has {planned}. Set "
+            "them back, or resume from a checkpoint of an epoch's end."
+        )
 
 
 def batches_done(trainer: Trainer) -> int:

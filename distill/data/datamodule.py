@@ -15,7 +15,7 @@ from distill.data.ledger import Ledger
 from distill.data.loader import StartMethod, build_loader
 from distill.data.look_ahead import LookAhead
 from distill.data.plan_segments import WeightChange, check_steps
-from distill.data.planned_datamodule import PlannedDataModule
+from distill.data.planned_datamodule import PlannedDataModule, listing
 from distill.data.samplers import EvenSampler, PlanSampler, epoch_and_batch
 from distill.data.shard_cache_config import ShardCacheConfig
 from distill.data.transforms import NO_AUGMENTATION, Augmentation
@@ -138,6 +138,11 @@ class ShardDataModule(PlannedDataModule):
         self._books = None
         if stage == "fit" and self.trainer is not None:
             self._view.check()
+
+    def facts(self) -> dict[str, str | dict[str, str]]:
+        """Return what has to be the same on every rank, by the recipe's keys."""
+        validation = {"data.val": listing(self._val_index) if self._val_index else "null"}
+        return {**super().facts(), **validation, "data.samples_per_epoch": str(self.samples_per_epoch)}
 
     def _build_indexes(self) -> tuple[DatasetIndex, DatasetIndex | None]:
         def build(shards: Shards, key: str) -> DatasetIndex:

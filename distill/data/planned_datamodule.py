@@ -129,6 +129,36 @@ class PlannedDataModule(LightningDataModule):
         """Return where training stands in the plan."""
         return self._progress.position(self.plan)
 
+    @property
+    def has_other_batches(self) -> bool:
+        """Whether the checkpoint that training goes on from counts batches of another size, or other steps of them."""
+        saved, own = self._saved, (self.global_batch_size, self._view.accumulated)
+        return saved is not None and (saved.global_batch_size, saved.accumulated) != own
+
+    def batches_of(self, epoch_batches: int) -> int:
+        """Return how many of this run's batches the checkpoint's are.
+
+        Args:
+            epoch_batches: batches of the unfinished epoch that the checkpoint has behind it.
+
+        Raises:
+            DataError: they are no whole number of this run's optimiser steps.
+        """
+        return self.position().batches_of(self._saved, epoch_batches) if self._saved else epoch_batches
+
+    def facts(self) -> dict[str, str | dict[str, str]]:
+        """Return what has to be the same on every rank, by the recipe's keys."""
+        plan = self.plan
+        return {
+            "data.train": listing(plan.index),
+            "data.seed": str(self.seed),
+            "data.shuffle_window": str(self.shuffle_window),
+            "data.weights": str([segment.weights for segment in plan.segments]),
+            "data.weight_changes": str(self.weight_changes),
+            "data.global_batch_size": str(self.global_batch_size),
+            "trainer.accumulate_grad_batches": str(self._view.accumulated),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return position and ledger counts, as plain values that are the same on every rank.
 
@@ -157,3 +187,9 @@ class PlannedDataModule(LightningDataModule):
             )
         self._plan = self._lay_plan(self.plan.index, saved)
         self._saved, self._counts_before, self._books = saved, counts, None
+
+
+def listing(index: DatasetIndex) -> dict[str, str]:
+    """Return a dataset's shards by domain and name, and its fingerprint."""
+    shards = {f"{shard.domain}/{shard.name}": f"sha256 {shard.sha256[:12]}" for shard in index.shards}
+    return {**shards, "the whole": f"{len(index.shards)} shards, fingerprint {index.fingerprint[:12]}"}

@@ -63,6 +63,11 @@ class PlanPosition:
             ) from error
 
     @property
+    def batch_size(self) -> int:
+        """Images of one batch over all ranks; A of them make a global batch."""
+        return self.global_batch_size // self.accumulated
+
+    @property
     def step_start(self) -> tuple[int, int]:
         """The position that the present optimiser step starts at, and its number."""
         return self.consumed - self.within_step, self.step
@@ -75,8 +80,7 @@ class PlanPosition:
             allow_new_data: whether other data may follow.
 
         Raises:
-            DataError: seed, window or data differ, or the number of accumulated batches changed in the middle of a
-                step's batches.
+            DataError: seed, window or data differ, or the global batch changed within one.
         """
         advice = {
             "seed": "set data.seed back",
@@ -99,12 +103,28 @@ class PlanPosition:
                 f"data.global_batch_size = {self.global_batch_size} that step cannot be finished. Set it back, or "
                 "resume from a checkpoint of a step's end."
             )
-        if saved.accumulated != self.accumulated and saved.epoch_batches % self.accumulated:
+
+    def batches_of(self, saved: PlanPosition, epoch_batches: int) -> int:
+        """Return how many batches of the present size the saved ones of an unfinished epoch are.
+
+        The trainer counts an epoch in batches. Their size is `global_batch_size / accumulated`, over all ranks.
+
+        Args:
+            saved: where to go on from.
+            epoch_batches: those of its epoch that are done, of its size.
+
+        Raises:
+            DataError: the images that they hold do not make up whole optimiser steps.
+        """
+        images = epoch_batches * saved.batch_size
+        if images % self.global_batch_size:
             raise DataError(
-                f"The checkpoint was saved after {saved.epoch_batches} batches of an epoch with "
-                f"trainer.accumulate_grad_batches = {saved.accumulated}; with {self.accumulated} the next optimiser "
-                "step would be cut short. Set it back, or resume from the end of an epoch."
+                f"The checkpoint was saved after {images} images of an epoch, with data.global_batch_size = "
+                f"{saved.global_batch_size} and trainer.accumulate_grad_batches = {saved.accumulated}; with "
+                f"{self.global_batch_size} and {self.accumulated} these are no whole number of optimiser steps. Set "
+                f"them back, choose a global batch that divides {images}, or resume from an epoch's end."
             )
+        return images // self.batch_size
 
 
 def lay_plan(

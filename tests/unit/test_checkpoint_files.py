@@ -331,12 +331,17 @@ def test_an_earlier_runs_files_move_to_earlier_n_and_are_never_merged(tmp_path: 
     for number in (1, 2):
         save(tmp_path / "checkpoints", number)
         (tmp_path / "metrics.csv").write_text(f"step\n{number}\n")
+        for name in ("ledger", "non_finite", "failures", "tensorboard"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text(str(number))
         assert set_earlier_run_aside(tmp_path) == tmp_path / f"earlier-{number}"
         assert not (tmp_path / "checkpoints").exists()
     for number in (1, 2):
         folder = tmp_path / f"earlier-{number}"
         assert verify(folder / "checkpoints" / "last.ckpt").global_step == number
         assert (folder / "metrics.csv").read_text() == f"step\n{number}\n"
+        for name in ("ledger", "non_finite", "failures", "tensorboard"):
+            assert (folder / name / "file").read_text() == str(number)
     assert set_earlier_run_aside(tmp_path) is None
 
 

@@ -177,6 +177,29 @@ def test_infinite_gradients_are_left_to_a_gradient_scaler(tmp_path: Path) -> Non
     assert all(torch.equal(a, b) for a, b in zip(history.states[1], history.states[2], strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("what", ["loss", "teacher big"])
+def test_a_bad_step_with_a_gradient_scaler_is_skipped_whoever_takes_the_scale_away(
+    tmp_path: Path, fused: bool, what: str
+) -> None:
+    class Scaled(Toy):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=0.1, fused=fused)
+
+    module = Scaled(nan_at(3)) if what == "loss" else Scaled()
+    module.bad_teacher_steps = {3} if what != "loss" else set()
+    guard, history = NonFiniteGuard(), History()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+    fit(module, tmp_path, guard, history, plugins=[plugin], gradient_clip_val=None)
+    record = json.loads((tmp_path / "non_finite" / "rank-0.jsonl").read_text())
+    assert record["not_finite"] == [what]
+    assert guard.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(history.states[2], history.states[3], strict=True))
+    assert not torch.equal(history.states[3][0], history.states[4][0])
+    assert all(bool(tensor.isfinite().all()) for tensor in history.states[-1])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_only_the_sample_with_a_bad_value_is_not_finite(value: float) -> None:
     empty = torch.zeros(3, 0, 4)
