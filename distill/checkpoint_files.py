@@ -101,10 +101,9 @@ def write_checkpoint(
         entry = describe(hashing.sha256, hashing.bytes)
         present = present_entries(target)
         write_manifest(target, [entry, *present])
-        if target.name == LAST_NAME:
-            keep_previous(target, present)
-        temporary.replace(target)
-        sync_folder(target.parent)
+        with previous_kept(target, present if target.name == LAST_NAME else []):
+            temporary.replace(target)
+            sync_folder(target.parent)
     write_manifest(target, [entry])
     _WRITTEN.add(_identity(target))
     return entry
@@ -124,24 +123,32 @@ def check_space(target: Path, needed_bytes: int) -> None:
         )
 
 
-def keep_previous(target: Path, present: list[Entry]) -> None:
-    """Give the file that is about to be replaced the name `previous.ckpt`, never leaving less than one checkpoint.
+@contextmanager
+def previous_kept(target: Path, present: list[Entry]) -> Generator[None]:
+    """Give the file that the block replaces the name `previous.ckpt`; nothing happens where `present` is empty.
 
-    By a second hard link where the file system has them, else by renaming: then `previous.ckpt` is the one that
-    verifies until the new file takes its name.
+    A second hard link holds it until the new file has its name, so that two files are complete at every instant. Where
+    the file system has no links it is renamed first: then `previous.ckpt` is the one that verifies meanwhile.
     """
     if not target.is_file() or not present:
+        yield
         return
     previous = target.with_name(PREVIOUS_NAME)
-    write_manifest(previous, [*present, *present_entries(previous)])
     with temporary_beside(previous) as link:
         try:
             os.link(target, link)
         except OSError:
-            target.replace(previous)
+            _name_previous(target, previous, present)
+            yield
         else:
-            link.replace(previous)
-    sync_folder(target.parent)
+            yield
+            _name_previous(link, previous, present)
+
+
+def _name_previous(file: Path, previous: Path, present: list[Entry]) -> None:
+    write_manifest(previous, [*present, *present_entries(previous)])
+    file.replace(previous)
+    sync_folder(previous.parent)
     write_manifest(previous, present)
 
 

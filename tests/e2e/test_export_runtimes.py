@@ -192,5 +192,9 @@ def test_a_runtime_that_is_not_built_is_named_with_the_command_that_builds_it(
     format: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fresh_process, "CONSUMERS_ROOT", tmp_path)
+    # Another test of this process may have imported the runtime.
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if ".consumers" not in place])
+    for package in find_target(format).REQUIRES:
+        monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(ConfigError, match=rf"which is not installed\. Run: .*{command}"):
         fresh_process.require_consumer(find_target(format))
