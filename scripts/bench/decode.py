@@ -135,6 +135,7 @@ def step_seconds(batch_size: int, rounds: int) -> float:
     import yaml
 
     from distill.checkpoint import build_encoder
+    from distill.precision import choose_precision
     from distill.task import DistillationTask
 
     recipe = yaml.safe_load(Path("configs/demo.yaml").read_text(encoding="utf-8"))["model"]
@@ -147,8 +148,10 @@ def step_seconds(batch_size: int, rounds: int) -> float:
     images = torch.randint(0, 256, (batch_size, 3, SIZE_PX, SIZE_PX), dtype=torch.uint8)
     batch = {"images": images, "row": torch.arange(batch_size), "domain": torch.zeros(batch_size, dtype=torch.int64)}
 
+    is_mixed = choose_precision("cpu") == "bf16-mixed"
+
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
             loss = task._step(batch)["loss/total"]
         loss.backward()
         optimizer.step()
