@@ -55,6 +55,8 @@ class StopSignals:
         """Take the signals over; only the main thread can."""
         for number in STOP_SIGNALS:
             self._replaced[number] = signal.signal(number, _leave_it_to_the_thread)
+            # A process can inherit a signal held back, from a server that started it; it would never hear it.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (number,))
         self._replaced_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._thread.start()
         return self
