@@ -35,8 +35,9 @@ class Progress:
         """Plan positions that the model has gone through, over all ranks and earlier runs."""
         if self.saved is None:
             return self.view.batches * self.batch_size
-        # Without a trainer nothing is gone through.
-        batches = self.view.batches - self.saved.batches if self.view.trainer else 0
+        # The trainer's counters are restored after this position, and not without a trainer. Workers that Lightning
+        # starts in between, to see whether it can iterate, already read ahead.
+        batches = max(0, self.view.batches - self.saved.batches)
         return self.saved.consumed + batches * self.batch_size
 
     def position(self, plan: SamplePlan) -> PlanPosition:

@@ -32,8 +32,8 @@ EMA = (
 )
 
 COURSES = {
-    # epochs of 4 steps, a validation after every second one
-    "validation by epochs": ("--trainer.check_val_every_n_epoch=2",),
+    # epochs of 4 steps, a validation after every second one; a worker is ahead of the model
+    "validation by epochs, with a worker": ("--trainer.check_val_every_n_epoch=2", "--data.num_workers=1"),
     # validations within epochs, and batches of half a step
     "accumulation, EMA and validation within epochs": (
         "--trainer.check_val_every_n_epoch=1",

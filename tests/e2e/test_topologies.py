@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import pickle
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from distill.data.index import DatasetIndex, build_index
 from distill.data.plan_segments import Mix, Schedule, WeightChange
 from distill.data.position import PlanPosition, lay_plan
 from distill.data.samplers import PlanSampler
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest imports each test file by itself
+RankProcesses = import_module("rank_processes").RankProcesses
 
 SHARDS = {"a": (5, 9, 2), "b": (4,), "c": (7, 12)}
 DOMAINS = tuple(SHARDS)
@@ -184,8 +189,9 @@ TWO_RANKS = ("--trainer.devices=2", "--trainer.strategy=ddp")
 
 
 def fit(demo_recipe: Any, folder: Path, *words: str) -> Run:
-    done = demo_recipe.run(folder, *COMMON, *words, timeout_s=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    world_size = 2 if TWO_RANKS[0] in words else 1
+    ranks = RankProcesses(demo_recipe.words(folder, *COMMON, *words), world_size, folder.with_suffix(".log"))
+    assert ranks.finish(timeout_s=600) == [0] * world_size, ranks.text()[-3000:]
     return Run(folder)
 
 
@@ -197,12 +203,13 @@ def test_the_demo_recipe_resumes_on_another_number_of_ranks_with_the_same_batche
     expected = whole.batches()
     assert list(expected) == list(range(9))
     assert [len(pairs) for pairs in expected.values()] == [8] * 9
-    workers = ("--data.num_workers=1", "--data.worker_start_method=forkserver")
-    first = fit(demo_recipe, tmp_path / "two", "--trainer.max_steps=4", *TWO_RANKS, *workers)
-    accumulating = ("--trainer.accumulate_grad_batches=2", f"--ckpt_path={first.checkpoint}")
-    second = fit(demo_recipe, tmp_path / "one", "--trainer.max_steps=6", *accumulating)
-    last = fit(demo_recipe, tmp_path / "again", "--trainer.max_steps=9", f"--ckpt_path={second.checkpoint}", *TWO_RANKS)
-    assert len(list((tmp_path / "again" / "ledger").glob("samples-rank-*.csv"))) == 2
+    forked = ("--data.num_workers=1", "--data.worker_start_method=forkserver")
+    first = fit(demo_recipe, tmp_path / "one", "--trainer.max_steps=4", *forked)
+    spawned = ("--data.num_workers=1", "--data.worker_start_method=spawn", "--trainer.accumulate_grad_batches=2")
+    resumed = (f"--ckpt_path={first.checkpoint}", *TWO_RANKS, *spawned)
+    second = fit(demo_recipe, tmp_path / "two", "--trainer.max_steps=6", *resumed)
+    assert len(list((tmp_path / "two" / "ledger").glob("samples-rank-*.csv"))) == 2
+    last = fit(demo_recipe, tmp_path / "again", "--trainer.max_steps=9", f"--ckpt_path={second.checkpoint}")
     assert first.batches() | second.batches() | last.batches() == expected
     assert [list(run.batches()) for run in (first, second, last)] == [[0, 1, 2, 3], [4, 5], [6, 7, 8]]
     assert last.summary["domains"] == whole.summary["domains"]
