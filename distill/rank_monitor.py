@@ -187,9 +187,10 @@ class RankMonitor:
 
     def _read_store(self) -> Failure | None:
         if self._store.check([STOP_CODE]) and not self._closing.is_set():
+            code = int(self._store.get(STOP_CODE))  # read first: once all have acknowledged, the store may end
             self._store.set(f"stopping/{self.rank}", "1")
             self._wait_for_the_others("stopping")
-            end_process(int(self._store.get(STOP_CODE)), start_up_message("another process of the run"))
+            end_process(code, start_up_message("another process of the run"))
         self._store.add(f"beat/{self.rank}", 1)
         if self._store.check([FIRST_FAILURE]):
             failure = Failure(**json.loads(self._store.get(FIRST_FAILURE)))
