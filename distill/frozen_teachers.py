@@ -89,6 +89,7 @@ def chunked(teacher: Encoder, images: Tensor, num_layers: int, size: int) -> lis
     missing = -count % size
     if missing:
         images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
+    images = images.contiguous(memory_format=torch.channels_last)  # as batches are; kernels round by layout too
     chunks = [teacher.forward_hidden_states(part, num_layers) for part in images.split(size)]
     if len(chunks) == 1 and not missing:
         return [(prefix.contiguous(), patches.contiguous()) for prefix, patches in chunks[0]]

@@ -176,14 +176,17 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     """Join samples to a batch.
 
     Returns:
-        `images` uint8 `[B, 3, S, S]`; `label`, `domain`, `row`, `index` (the row where there is no plan) and, from a
+        `images` uint8 `[B, 3, S, S]` in channels-last memory, as decoders write it; `label`, `domain`, `row`, `index` (the row where there is no plan) and, from a
         plan, `substituted`, int64 `[B]` each; and `bad`, the list of all bad samples met, also only from a plan.
     """
-    batch: Batch = {"images": default_collate([sample["image"] for sample in samples])}
+    stacked = default_collate([sample["image"].permute(1, 2, 0) for sample in samples])
+    batch: Batch = {"images": stacked.permute(0, 3, 1, 2)}
     for name in ("label", "domain", "row", "index", "substituted"):
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
     batch.setdefault("index", batch["row"].clone())
+    if "teacher_states" in samples[0]:
+        batch["teacher_states"] = default_collate([sample["teacher_states"] for sample in samples])
     if "bad" in samples[0]:
         batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
     return batch

@@ -56,7 +56,7 @@ def test_the_view_is_within_60_db_of_pillow(size: tuple[int, int], kind: str) ->
     view = square_view(decode_image(data), 448)
     assert view.shape == (3, 448, 448)
     assert view.dtype == torch.uint8
-    assert view.is_contiguous()
+    assert view.permute(1, 2, 0).is_contiguous()
     assert psnr_db(view, reference(data)) >= MIN_PSNR_DB
 
 

@@ -130,6 +130,7 @@ def test_batches_hold_tensors_and_the_list_of_bad_samples(make_index: MakeIndex)
     batch = collate([PlannedDataset(plan, 16)[position] for position in range(20)])
     assert batch["images"].shape == (20, 3, 16, 16)
     assert batch["images"].dtype == torch.uint8
+    assert batch["images"].is_contiguous(memory_format=torch.channels_last)
     for name in ("domain", "label", "index", "row", "substituted"):
         assert batch[name].dtype == torch.int64
         assert batch[name].shape == (20,)
