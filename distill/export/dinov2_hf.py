@@ -15,25 +15,10 @@ from torch import Tensor
 
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export.contract import (
-    CONFIG_FILE,
-    PREPROCESSOR_FILE,
-    WEIGHTS_FILE,
-    ConsumerFeatures,
-    Variant,
-    single_variant,
-)
-from distill.export.files import write_json, write_safetensors
+from distill.export.contract import ConsumerFeatures, Variant, single_variant
+from distill.export.hf_directory import require_internvit, write_directory
 from distill.export.transformers_loading import hidden_states, load_strictly, processor_pixels, squash_preprocessor
-from distill.export.weights import (
-    ViTShape,
-    check_position_grid,
-    read_timm_weights,
-    read_vit_shape,
-    refuse_leftovers,
-    rename_block_weights,
-    timm_skeleton,
-)
+from distill.export.weights import ViTShape, read_vit_shape, refuse_leftovers, rename_block_weights, timm_skeleton
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,16 +46,7 @@ def check(encoder: TimmLayoutEncoder) -> None:
     Raises:
         ExportError: it is of another layout, or its MLP cannot be told to `Dinov2Config`.
     """
-    if encoder.layout == "clip":
-        raise ExportError(
-            f"A student of 'clip' layout cannot be exported as {FORMAT}: its LayerNorm in front of the first block is "
-            "another function, which Dinov2Model does not have. Use clip-hf or timm."
-        )
-    if encoder.layout != "internvit":
-        raise ExportError(
-            f"A student of {encoder.layout!r} layout cannot be exported as {FORMAT}: Dinov2Model computes blocks as "
-            "InternViT's and nothing else. Use timm."
-        )
+    require_internvit(encoder, FORMAT, "Dinov2Model", "blocks as InternViT's")
     _mlp_ratio(encoder, read_vit_shape(timm_skeleton(encoder)))
 
 
@@ -92,12 +68,7 @@ def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
         ExportError: a weight has no place in that class, or a file cannot be written.
     """
     check(encoder)
-    skeleton = timm_skeleton(encoder)
-    weights = read_timm_weights(encoder, skeleton)
-    check_position_grid(encoder, weights["pos_embed"])
-    write_json(directory / CONFIG_FILE, _config(encoder, read_vit_shape(skeleton)))
-    write_safetensors(directory / WEIGHTS_FILE, _rename(weights))
-    write_json(directory / PREPROCESSOR_FILE, squash_preprocessor(encoder))
+    write_directory(encoder, directory, config=_config, rename=_rename, preprocessor=squash_preprocessor(encoder))
 
 
 def _rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:

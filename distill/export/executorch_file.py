@@ -7,8 +7,6 @@ the graph happens in a process that imports from there (`python -m distill.expor
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -20,10 +18,9 @@ import torch
 from torch import Tensor
 
 from distill.encoder import Layer, TimmLayoutEncoder
-from distill.errors import ExportError
 from distill.export.contract import Bound, ConsumerFeatures, Variant
 from distill.export.files import cannot_write
-from distill.export.fresh_process import CONSUMERS_ROOT, PACKAGE_ROOT
+from distill.export.fresh_process import run_module
 from distill.export.graph_module import (
     GRAPH_READING,
     as_layer,
@@ -70,22 +67,14 @@ def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
 
 def _lower_apart(source: Path, program: Path) -> None:
     """Lower a saved graph in a process that imports executorch from its own folder."""
-    search_path = [CONSUMERS_ROOT / FORMAT, PACKAGE_ROOT, os.environ.get("PYTHONPATH")]
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "distill.export.executorch_file", str(source), str(program)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(str(part) for part in search_path if part)},
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=LOWERING_TIMEOUT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ExportError(f"ExecuTorch did not lower the graph within {LOWERING_TIMEOUT_S:g} s.") from error
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise ExportError(f"ExecuTorch cannot lower this student: {last}. Export it as pt2 or onnx.")
+    run_module(
+        "distill.export.executorch_file",
+        [str(source), str(program)],
+        folder=FORMAT,
+        timeout_s=LOWERING_TIMEOUT_S,
+        late=f"ExecuTorch did not lower the graph within {LOWERING_TIMEOUT_S:g} s.",
+        failed="ExecuTorch cannot lower this student, which may go out as pt2 or onnx",
+    )
 
 
 def lower(source: Path, program: Path) -> None:

@@ -55,11 +55,38 @@ def run_consumer(target: ExportTarget, arguments: list[str], timeout_s: float) -
     Raises:
         ExportError: it failed or did not end in time; the message has the last lines it printed.
     """
+    run_module(
+        "distill.export.consume",
+        [target.FORMAT, *arguments],
+        folder=target.CONSUMER_FOLDER,
+        timeout_s=timeout_s,
+        late=f"The fresh process that loads the {target.FORMAT} export did not end within {timeout_s:g} s; "
+        "nothing was published. Try again on an idle machine.",
+        failed=f"The consumer cannot load the {target.FORMAT} export",
+    )
+
+
+def run_module(
+    module: str, arguments: list[str], *, folder: str | None, timeout_s: float, late: str, failed: str
+) -> None:
+    """Run a module in a new Python process that asks no hub for anything.
+
+    Args:
+        module: its name.
+        arguments: the words after it.
+        folder: name under `.consumers/` that the process imports from first, where it exists.
+        timeout_s: longest time it may take.
+        late: what to say when it takes longer.
+        failed: what to say, in front of the last lines it printed, when it fails.
+
+    Raises:
+        ExportError: it failed or did not end in time.
+    """
     try:
         done = subprocess.run(
             # -P: the folder the user stands in is no place to import from.
-            [sys.executable, "-P", "-m", "distill.export.consume", target.FORMAT, *arguments],
-            env=_environment(target.CONSUMER_FOLDER),
+            [sys.executable, "-P", "-m", module, *arguments],
+            env=_environment(folder),
             capture_output=True,
             text=True,
             errors="replace",
@@ -67,13 +94,10 @@ def run_consumer(target: ExportTarget, arguments: list[str], timeout_s: float) -
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise ExportError(
-            f"The fresh process that loads the {target.FORMAT} export did not end within {timeout_s:g} s; "
-            "nothing was published. Try again on an idle machine."
-        ) from error
+        raise ExportError(late) from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()[-ERROR_LINES:] or [f"exit code {done.returncode}"]
-        raise ExportError(f"The consumer cannot load the {target.FORMAT} export: {' | '.join(lines)}")
+        raise ExportError(f"{failed}: {' | '.join(lines)}")
 
 
 def _environment(folder: str | None) -> dict[str, str]:

@@ -18,25 +18,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from distill.encoder import TimmLayoutEncoder
-from distill.errors import ExportError
-from distill.export.contract import (
-    CONFIG_FILE,
-    PREPROCESSOR_FILE,
-    WEIGHTS_FILE,
-    ConsumerFeatures,
-    Variant,
-    single_variant,
-)
-from distill.export.files import cannot_write, write_json, write_safetensors
+from distill.export.contract import ConsumerFeatures, Variant, single_variant
+from distill.export.files import cannot_write
+from distill.export.hf_directory import require_internvit, write_directory
 from distill.export.transformers_loading import hidden_states, load_strictly, processor_pixels, squash_preprocessor
-from distill.export.weights import (
-    ViTShape,
-    check_position_grid,
-    read_timm_weights,
-    read_vit_shape,
-    refuse_leftovers,
-    timm_skeleton,
-)
+from distill.export.weights import ViTShape, refuse_leftovers
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,17 +50,7 @@ def check(encoder: TimmLayoutEncoder) -> None:
     Raises:
         ExportError: it is of another layout.
     """
-    if encoder.layout == "internvit":
-        return
-    reason = (
-        "its LayerNorm in front of the first block is another function, which InternViT does not have"
-        if encoder.layout == "clip"
-        else "InternVisionModel computes InternViT and nothing else"
-    )
-    raise ExportError(
-        f"A student of {encoder.layout!r} layout cannot be exported as {FORMAT}: {reason}. "
-        f"Use {'clip-hf or timm' if encoder.layout == 'clip' else 'timm'}."
-    )
+    require_internvit(encoder, FORMAT, "InternVisionModel", "InternViT")
 
 
 def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
@@ -84,12 +60,9 @@ def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
         ExportError: a weight has no place in that layout, or a file cannot be written.
     """
     check(encoder)
-    skeleton = timm_skeleton(encoder)
-    weights = read_timm_weights(encoder, skeleton)
-    check_position_grid(encoder, weights["pos_embed"])
-    write_json(directory / CONFIG_FILE, vision_config(encoder, read_vit_shape(skeleton)))
-    write_safetensors(directory / WEIGHTS_FILE, release_names(weights))
-    write_json(directory / PREPROCESSOR_FILE, squash_preprocessor(encoder))
+    write_directory(
+        encoder, directory, config=vision_config, rename=release_names, preprocessor=squash_preprocessor(encoder)
+    )
     for name in CODE_FILES:
         try:
             shutil.copyfile(_CODE_FOLDER / name, directory / name)

@@ -12,26 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from distill.encoder import TimmLayoutEncoder
-from distill.errors import ExportError
-from distill.export.contract import (
-    CONFIG_FILE,
-    PREPROCESSOR_FILE,
-    WEIGHTS_FILE,
-    ConsumerFeatures,
-    Variant,
-    single_variant,
-)
-from distill.export.files import write_json, write_safetensors
+from distill.export.contract import ConsumerFeatures, Variant, single_variant
+from distill.export.hf_directory import require_internvit, write_directory
 from distill.export.transformers_loading import AUTO_MODEL_CODE, hidden_states, load_strictly, processor_pixels
-from distill.export.weights import (
-    ViTShape,
-    check_position_grid,
-    read_timm_weights,
-    read_vit_shape,
-    refuse_leftovers,
-    rename_block_weights,
-    timm_skeleton,
-)
+from distill.export.weights import ViTShape, refuse_leftovers, rename_block_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,17 +51,7 @@ def check(encoder: TimmLayoutEncoder) -> None:
     Raises:
         ExportError: it is of another layout.
     """
-    if encoder.layout == "internvit":
-        return
-    reason = (
-        "its LayerNorm in front of the first block is another function, which InternVLVisionModel does not have"
-        if encoder.layout == "clip"
-        else "InternVLVisionModel computes InternViT and nothing else"
-    )
-    raise ExportError(
-        f"A student of {encoder.layout!r} layout cannot be exported as {FORMAT}: {reason}. "
-        f"Use {'clip-hf or timm' if encoder.layout == 'clip' else 'timm'}."
-    )
+    require_internvit(encoder, FORMAT, "InternVLVisionModel", "InternViT")
 
 
 def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
@@ -87,12 +61,7 @@ def write(encoder: TimmLayoutEncoder, directory: Path) -> None:
         ExportError: a weight has no place in that class, or a file cannot be written.
     """
     check(encoder)
-    skeleton = timm_skeleton(encoder)
-    weights = read_timm_weights(encoder, skeleton)
-    check_position_grid(encoder, weights["pos_embed"])
-    write_json(directory / CONFIG_FILE, _config(encoder, read_vit_shape(skeleton)))
-    write_safetensors(directory / WEIGHTS_FILE, _rename(weights))
-    write_json(directory / PREPROCESSOR_FILE, _preprocessor(encoder))
+    write_directory(encoder, directory, config=_config, rename=_rename, preprocessor=_preprocessor(encoder))
 
 
 def _rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:

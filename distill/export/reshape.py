@@ -56,68 +56,13 @@ class ReshapedEncoder(nn.Module):
         self.model = model
         self.changes = changes
         self.original_img_size, self.original_depth = source.img_size, source.depth
-        self._model_args = model_args
-        self._architecture = source.timm_architecture
-        self._layout: Literal["internvit", "clip", "timm"] = source.layout
-        self._layer_dims = source.layer_dims[: changes.layers]
-        self._img_size = changes.img_size or source.img_size
-        self._patch_size, self._num_prefix_tokens = source.patch_size, source.num_prefix_tokens
-        self._mean, self._std = source.image_mean, source.image_std
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the last hidden state."""
-        return self._layer_dims[-1]
-
-    @property
-    def depth(self) -> int:
-        """How many hidden states can be had."""
-        return len(self._layer_dims)
-
-    @property
-    def layer_dims(self) -> tuple[int, ...]:
-        """Width of each hidden state, oldest first."""
-        return self._layer_dims
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels a side of one cell of the grid."""
-        return self._patch_size
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Class token and registers in front of the patch tokens."""
-        return self._num_prefix_tokens
-
-    @property
-    def image_mean(self) -> tuple[float, float, float]:
-        """Channel means, RGB, of images scaled to [0, 1]."""
-        return self._mean
-
-    @property
-    def image_std(self) -> tuple[float, float, float]:
-        """Channel standard deviations, RGB, of images scaled to [0, 1]."""
-        return self._std
-
-    @property
-    def layout(self) -> Literal["internvit", "clip", "timm"]:
-        """Which function the weights compute."""
-        return self._layout
-
-    @property
-    def timm_architecture(self) -> str:
-        """The name `timm.create_model` takes."""
-        return self._architecture
-
-    @property
-    def timm_model_args(self) -> dict[str, Any]:
-        """Keyword arguments that, with the name, rebuild the model."""
-        return dict(self._model_args)
-
-    @property
-    def img_size(self) -> int:
-        """Pixels a side that the positions are for."""
-        return self._img_size
+        self.layout: Literal["internvit", "clip", "timm"] = source.layout
+        self.timm_architecture, self.timm_model_args = source.timm_architecture, model_args
+        self.layer_dims = source.layer_dims[: changes.layers]
+        self.depth, self.embed_dim = len(self.layer_dims), self.layer_dims[-1]
+        self.img_size = changes.img_size or source.img_size
+        self.patch_size, self.num_prefix_tokens = source.patch_size, source.num_prefix_tokens
+        self.image_mean, self.image_std = source.image_mean, source.image_std
 
     def timm_state_dict(self) -> dict[str, Tensor]:
         """Return every weight under timm's key names."""
@@ -172,7 +117,7 @@ def reshape(encoder: TimmLayoutEncoder, changes: Changes) -> TimmLayoutEncoder:
         return encoder
     skeleton = timm_skeleton(encoder)
     weights = read_timm_weights(encoder, skeleton)
-    args = encoder.timm_model_args
+    args = dict(encoder.timm_model_args)
     if effective.layers is not None:
         _keep_blocks(encoder, skeleton, weights, effective.layers)
         args["depth"] = effective.layers

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +18,7 @@ from distill.errors import ExportError
 from distill.export.compare import compare_features
 from distill.export.contract import FLOAT32_BOUND, Bound
 from distill.export.files import write_safetensors
-from distill.export.fresh_process import ERROR_LINES, PACKAGE_ROOT
+from distill.export.fresh_process import run_module
 from distill.export.golden import Golden
 
 ROUNDED_BOUND = Bound(cosine=0.999)
@@ -99,31 +96,14 @@ def _consume(kind: str, directory: Path, golden: Golden, timeout_s: float) -> tu
         pixel_values = golden.preprocessing.normalise(golden.image).contiguous()
         count = torch.tensor(len(golden.layers))
         write_safetensors(request, {"pixel_values": pixel_values, "num_layers": count})
-        module = [sys.executable, "-P", "-m", "distill.export.splice_consume"]
-        search_path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), os.environ.get("PYTHONPATH")]))
-        environment = {
-            **os.environ,
-            "PYTHONPATH": search_path,
-            "HF_HUB_OFFLINE": "1",
-            "TRANSFORMERS_VERBOSITY": "error",
-        }
-        try:
-            done = subprocess.run(
-                [*module, kind, str(directory), str(request), str(response)],
-                env=environment,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=timeout_s,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ExportError(
-                f"Loading the spliced {kind} took more than {timeout_s:g} s; nothing was written."
-            ) from error
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines()[-ERROR_LINES:] or [f"exit code {done.returncode}"]
-            raise ExportError(f"The spliced {kind} cannot be loaded; nothing was written: {' | '.join(lines)}")
+        run_module(
+            "distill.export.splice_consume",
+            [kind, str(directory), str(request), str(response)],
+            folder=None,
+            timeout_s=timeout_s,
+            late=f"Loading the spliced {kind} took more than {timeout_s:g} s; nothing was written.",
+            failed=f"The spliced {kind} cannot be loaded; nothing was written",
+        )
         with safe_open(response, framework="pt") as file:
             report: dict[str, Any] = json.loads(file.metadata()["report"])
         return load_file(response), report

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from distill.errors import ConfigError, ExportError
 from distill.export import fresh_process
 from distill.export.fresh_process import CONSUMERS_ROOT
-from distill.export.golden import draw_image, read_golden
+from distill.export.golden import compute_golden, draw_image, read_golden, write_golden
 from distill.export.run import Exported, export_encoder
 from distill.export.targets import find_target
+from distill.export.verify import verify_export
 from students import InternViT
 
 SIZES: dict[str, Any] = {"img_size": 56, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -198,3 +201,77 @@ def test_a_runtime_that_is_not_built_is_named_with_the_command_that_builds_it(
         monkeypatch.delitem(sys.modules, package, raising=False)
     with pytest.raises(ConfigError, match=rf"which is not installed\. Run: .*{command}"):
         fresh_process.require_consumer(find_target(format))
+
+
+def exchange_blocks(student: Any) -> Any:
+    """Return the student with its first two blocks in each other's place."""
+    student.model.blocks[0], student.model.blocks[1] = student.model.blocks[1], student.model.blocks[0]
+    return student
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def give_another_mean(directory: Path) -> None:
+    file = directory / "preprocessor.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_mean": [0.5, 0.5, 0.5]}))
+
+
+def exchange_onnx_weights(directory: Path) -> None:
+    """Give the two largest weights of one shape each other's place, as two blocks exchanged would."""
+    import onnx
+
+    model = onnx.load(directory / "encoder.onnx")
+    by_shape: dict[tuple[int, ...], list[Any]] = {}
+    for tensor in model.graph.initializer:
+        by_shape.setdefault(tuple(tensor.dims), []).append(tensor)
+    shape = max((dims for dims, found in by_shape.items() if len(found) > 1), key=lambda dims: int(np.prod(dims)))
+    first, second = by_shape[shape][:2]
+    first.raw_data, second.raw_data = second.raw_data, first.raw_data
+    onnx.save(model, directory / "encoder.onnx")
+
+
+TAMPERED_ONNX: list[tuple[Callable[[Path], None], str]] = [
+    (exchange_onnx_weights, "float32.*gives other features|other features"),
+    (lambda directory: truncate(directory / "encoder_float16.onnx"), "cannot load the onnx export"),
+    (give_another_mean, "normalises otherwise"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tamper", "cause"), TAMPERED_ONNX)
+def test_a_tampered_onnx_export_is_refused_with_its_cause(
+    onnx_export: Exported, tamper: Callable[[Path], None], cause: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(onnx_export.directory, copy)
+    (copy / "manifest.json").unlink()  # its checksums would tell at once
+    tamper(copy)
+    with pytest.raises(ExportError, match=cause):
+        verify_export(copy)
+
+
+@pytest.mark.slow
+def test_a_tampered_pt2_export_is_refused_with_its_cause(tmp_path: Path) -> None:
+    golden = compute_golden(make_student(), "pt2")
+    find_target("pt2").write(exchange_blocks(make_student()), tmp_path)
+    write_golden(tmp_path, golden)
+    with pytest.raises(ExportError, match="other features than the encoder"):
+        verify_export(tmp_path)
+    truncate(tmp_path / "encoder.pt2")
+    with pytest.raises(ExportError, match="cannot load the pt2 export"):
+        verify_export(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_tampered_executorch_export_is_refused_with_its_cause(tmp_path: Path) -> None:
+    require("executorch", "executorch", "bash scripts/consumers.sh executorch")
+    golden = compute_golden(make_student(), "executorch")
+    find_target("executorch").write(exchange_blocks(make_student()), tmp_path)
+    write_golden(tmp_path, golden)
+    with pytest.raises(ExportError, match="other features than the encoder"):
+        verify_export(tmp_path)
+    truncate(tmp_path / "encoder.pte")
+    with pytest.raises(ExportError, match="the executorch export"):
+        verify_export(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import nn
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ConfigError, ExportError
 from distill.export.contract import TOLERANCE
-from distill.export.golden import compute_golden, draw_image
+from distill.export.golden import compute_golden, draw_image, write_golden
 from distill.export.open_clip_dir import OpenCLIPTarget
 from distill.export.run import as_timm_layout, export_encoder
+from distill.export.verify import verify_export
 from students import CLIPViT, InternViT
 
 SIZES = {"img_size": 56, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -147,3 +149,53 @@ def test_it_is_published_after_open_clip_reproduced_it_in_a_fresh_process(origin
     assert exported.verification.variants[0].latency_ms is not None
     with pytest.raises((ConfigError, ExportError), match="--text_tower"):
         export_encoder(make_student(), "open_clip", tmp_path / "none")
+
+
+def write_mean(directory: Path) -> None:
+    file = directory / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    file.write_text(json.dumps(config))
+
+
+def exchange_blocks(directory: Path) -> None:
+    file = directory / "open_clip_model.safetensors"
+    turned = {".resblocks.0.": ".resblocks.1.", ".resblocks.1.": ".resblocks.0."}
+    weights: dict[str, torch.Tensor] = {}
+    for key, value in load_file(file).items():
+        old = next((part for part in turned if key.startswith("visual.") and part in key), None)
+        weights[key.replace(old, turned[old]) if old else key] = value
+    save_file(weights, file)
+
+
+def truncate(directory: Path) -> None:
+    file = directory / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def change_depth(directory: Path) -> None:
+    file = directory / "open_clip_config.json"
+    config = json.loads(file.read_text())
+    config["model_cfg"]["vision_cfg"]["layers"] = 2
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tamper", "cause"),
+    [
+        (write_mean, "normalises otherwise"),
+        (exchange_blocks, "other features than the encoder"),
+        (truncate, "cannot load the open_clip export"),
+        (change_depth, "cannot load the open_clip export|ignores"),
+    ],
+)
+def test_a_tampered_export_is_refused_with_its_cause(
+    original: Path, tmp_path: Path, tamper: Callable[[Path], None], cause: str
+) -> None:
+    student = make_student()
+    OpenCLIPTarget(original).write(student, tmp_path)
+    write_golden(tmp_path, compute_golden(student, "open_clip"))
+    tamper(tmp_path)
+    with pytest.raises(ExportError, match=cause):
+        verify_export(tmp_path)
