@@ -176,8 +176,9 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     """Join samples to a batch.
 
     Returns:
-        `images` uint8 `[B, 3, S, S]` in channels-last memory, as decoders write it; `label`, `domain`, `row`, `index` (the row where there is no plan) and, from a
-        plan, `substituted`, int64 `[B]` each; and `bad`, the list of all bad samples met, also only from a plan.
+        `images` uint8 `[B, 3, S, S]` in channels-last memory, as decoders write it; `label`, `domain`, `row`, `index`
+        (the row where there is no plan) and, from a plan, `substituted`, int64 `[B]` each; and `bad`, the list of all
+        bad samples met, also only from a plan.
     """
     stacked = default_collate([sample["image"].permute(1, 2, 0) for sample in samples])
     batch: Batch = {"images": stacked.permute(0, 3, 1, 2)}
