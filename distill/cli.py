@@ -6,6 +6,7 @@ Every verb is imported only when it is called, so `distill --help` and a mistype
 from __future__ import annotations
 
 import faulthandler
+import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -13,6 +14,7 @@ from typing import Any
 
 from distill import __version__
 from distill.errors import DistillError, UnfinishedError
+from distill.recipe_words import gather_overrides
 from distill.stop_signals import close_stop_signals, stop_signals
 
 EXIT_CODES = {
@@ -31,13 +33,23 @@ TRAINING_VERBS = {
     "validate": "report cosine per layer and domain for a recipe or a checkpoint",
 }
 VERBS = {
+    "plan": ("distill.planner.verb", "plan", "what a recipe needs and costs, before anything is spent"),
+    "doctor": ("distill.doctor.verb", "doctor", "check this machine, and a recipe's data, weights and run folder"),
+    "cache": ("distill.cache_fill.verb", "cache", "store the teachers' hidden states; runs then need no teacher"),
     "index": ("distill.data.summary", "index", "check shards and print what is in them"),
     "pack": ("distill.data.pack", "pack", "write images as shards, without copies, from folders, lists and datasets"),
     "synthesize": ("distill.data.synthetic", "synthesize", "draw labelled images of four domains as shards"),
     "export": ("distill.export.run", "export", "write a run's student in its consumers' formats, verified by them"),
     "probe": ("distill.probe.run", "probe", "linear probe, kNN and fidelity of an encoder beside its baselines"),
-    "report": ("distill.report.run", "report", "one HTML page about a run"),
+    "compare": ("distill.probe.compare", "compare", "paired differences between the encoders of several probes"),
+    "report": ("distill.report.run", "report", "one HTML page about one or several runs"),
 }
+LISTING_VERBS = ("compare", "report")
+"""Verbs whose words before the first option are one list: `distill compare A B C --out FILE`."""
+JSON_LIST = """'["PATH1",...]' | LIST_OF_PATHS_FILE | -"""
+"""How jsonargparse describes a positional list of paths."""
+RECIPE_VERBS = {"plan": "", "cache": "", "doctor": "--recipe_file="}
+"""Verbs that take a recipe's own flags beside theirs, and what stands before the recipe's file."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,6 +112,12 @@ def run_training(words: list[str]) -> None:
         close_stop_signals()
 
 
+def gather_leading(words: list[str]) -> list[str]:
+    """Return the words before the first option as one JSON list, which is how jsonargparse takes a list."""
+    count = next((i for i, word in enumerate(words) if word.startswith("-")), len(words))
+    return [json.dumps(words[:count]), *words[count:]] if count else words
+
+
 def usage() -> str:
     """Return the text of `distill --help`."""
     verbs = {**TRAINING_VERBS, **{name: entry[2] for name, entry in VERBS.items()}}
@@ -122,12 +140,26 @@ def usage() -> str:
 
 def run_function(verb: str, words: list[str]) -> None:
     """Call a verb's function with the arguments its signature names."""
-    from jsonargparse import auto_cli, set_parsing_settings
+    from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+
+    class ListParser(ArgumentParser):
+        """Shows a leading list as it is given on the command line, and not as JSON."""
+
+        def format_help(self, *args: Any, **options: Any) -> str:
+            return super().format_help(*args, **options).replace(JSON_LIST, "PATH [PATH ...]")
+
+        def format_usage(self) -> str:
+            return super().format_usage().replace(JSON_LIST, "PATH [PATH ...]")
 
     module, name, _ = VERBS[verb]
     function: Callable[..., Any] = getattr(import_module(module), name)
+    if verb in RECIPE_VERBS:
+        words = gather_overrides(words, RECIPE_VERBS[verb])
     set_parsing_settings(parse_optionals_as_positionals=False)
-    result: Any = auto_cli(function, args=words, as_positional=True, prog=f"distill {verb}")
+    parser_class = ArgumentParser
+    if verb in LISTING_VERBS:
+        words, parser_class = gather_leading(words), ListParser
+    result: Any = auto_cli(function, args=words, as_positional=True, prog=f"distill {verb}", parser_class=parser_class)
     if result is not None and verb != "export":
         print(result)
 

@@ -7,28 +7,30 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from lightning import LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from distill.alignment import Alignment, AlignmentConfig
 from distill.cache.memory import HiddenStateMemory
+from distill.cache.stored import StoredStates, open_states
+from distill.cache.views import STATES_KEY
 from distill.checkpoint import read_weights
 from distill.encoder import Encoder, Layer
-from distill.errors import ConfigError, WeightsError
+from distill.errors import ConfigError
 from distill.finite import finite_samples
 from distill.frozen_teachers import FrozenTeachers
+from distill.gradient_clipping import FusedClipping
 from distill.metrics import DomainCosine
 from distill.optim import OptimConfig, build_optimizer, build_scheduler, parameter_groups
-from distill.standardise import FeatureStatistics
+from distill.roster import as_modules, check_names, layers_needed, refuse_other_weights, refuse_uncalibrated
+from distill.target_calibration import calibrate_alignments
+from distill.validation_values import validation_values
 from distill.weights_fingerprint import weights_fingerprint
 
 Batch = dict[str, Any]
 
 
-class DistillationTask(LightningModule):
+class DistillationTask(FusedClipping):
     """Aligns every student with its teachers on the last K hidden states.
 
     The teachers' forward is computed once a batch and shared by all students.
@@ -41,6 +43,9 @@ class DistillationTask(LightningModule):
         teacher_micro_batch: images a teacher sees at a time; null means the whole batch.
         teacher_cache_gib: memory, in GiB a process, for the teachers' hidden states of images already seen; 0 keeps
             none. Needs fixed views: data.augment.reencode none and no crops or flips.
+        teacher_states: folder that `distill cache` filled for this recipe: the teachers' hidden states are read from
+            it and the teachers are not run. Their weights need not be here; where they are, the main process compares
+            them with those that filled it. null runs the teachers.
         calibration_batches: training batches from which the statistics of standardised targets are taken before the
             first step; used only where an alignment standardises.
 
@@ -57,6 +62,7 @@ class DistillationTask(LightningModule):
         teacher_micro_batch: int | None = None,
         teacher_cache_gib: float = 0.0,
         calibration_batches: int = 16,
+        teacher_states: Path | None = None,
     ) -> None:
         super().__init__()
         configs = alignments or [AlignmentConfig(own, other) for own in students for other in teachers]
@@ -70,6 +76,8 @@ class DistillationTask(LightningModule):
         self.optimizer_config = optimizer or OptimConfig()
         self.calibration_batches = calibration_batches
         self.memory = HiddenStateMemory(int(teacher_cache_gib * 2**30))
+        self.teacher_states = teacher_states
+        self.stored: StoredStates | None = None
         self.initial_metrics: dict[str, float] = {}
         self.teacher_is_finite: dict[str, Tensor] = {}
         self._non_finite_val_samples = 0
@@ -87,7 +95,8 @@ class DistillationTask(LightningModule):
             return
         # Lightning makes the GPU the default device here; weights are read, converted and resized on the CPU.
         with torch.device("cpu"):
-            self.teachers.load_weights()
+            if self.stored is None:
+                self.teachers.load_weights()
             for name, student in self.students.items():
                 read_weights(student, f"student {name!r}")
         self._has_weights = True
@@ -108,34 +117,18 @@ class DistillationTask(LightningModule):
         scheduler = build_scheduler(optimizer, total_steps, self.optimizer_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip the trainable parameters' gradients as the trainer's settings say.
-
-        Lightning refuses to clip for a fused optimiser under mixed precision, because with a gradient scaler the
-        gradients would still be scaled. Under bfloat16 there is no scaler, and nothing to refuse.
-        """
-        if gradient_clip_val is None or getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-
     def setup(self, stage: str) -> None:
         """Make one set of validation metrics for each alignment that can report a cosine.
 
         Raises:
-            ConfigError: teacher states are to be remembered although the training views change.
+            ConfigError: teacher states are to be remembered although the training views change, or those in
+                `teacher_states` are of something else.
+            DataError: the folder `teacher_states` is damaged or not filled.
         """
         data = cast(Any, self.trainer).datamodule
-        if stage == "fit" and self.memory.limit_bytes and not data.has_fixed_views:
+        if self.teacher_states is not None and self.stored is None:
+            self._open_stored(self.teacher_states, data)
+        if stage == "fit" and self.stored is None and self.memory.limit_bytes and not data.has_fixed_views:
             raise ConfigError(
                 "model.teacher_cache_gib remembers what the teacher said about an image, but data.augment changes the "
                 "image each time; set data.augment to {reencode: none}, or teacher_cache_gib to 0."
@@ -149,6 +142,17 @@ class DistillationTask(LightningModule):
             for a in self.comparable_alignments()
         ]
 
+    def _open_stored(self, folder: Path, data: Any) -> None:
+        teachers = {name: self.teachers[name] for name in self.teachers.names()}
+        checks_weights = bool(self.trainer.is_global_zero)
+        with torch.device("cpu"):
+            self.stored = open_states(folder, teachers, self.layers_of("teacher"), data, checks_weights=checks_weights)
+        data.stored, self._fingerprints = self.stored, self.stored.fingerprints()
+
+    def layers_of(self, role: Literal["teacher", "student"]) -> dict[str, int]:
+        """Return how many last hidden states of each teacher or student the alignments need together."""
+        return layers_needed([cast(Alignment, module).config for module in self.alignments], role)
+
     def comparable_alignments(self) -> list[Alignment]:
         """The alignments whose student tokens can be compared with the teacher's by a cosine."""
         alignments = [cast(Alignment, module) for module in self.alignments]
@@ -156,7 +160,7 @@ class DistillationTask(LightningModule):
 
     def on_fit_start(self) -> None:
         """Move the teachers to the device and take the statistics that standardised targets need."""
-        self.teachers.to(self.device)
+        self._move_teachers()
         self.calibrate()
 
     def on_train_start(self) -> None:
@@ -168,35 +172,38 @@ class DistillationTask(LightningModule):
 
     def on_validation_start(self) -> None:
         """Move the teachers and the metrics to the device, also when validation runs alone."""
-        self.teachers.to(self.device)
+        self._move_teachers()
         for collection in self._metrics:
             collection.to(self.device)
+
+    def _move_teachers(self) -> None:
+        if self.stored is None:
+            self.teachers.to(self.device)
 
     def hidden_states(
         self, batch: Batch, split: Literal["train", "val"]
     ) -> tuple[dict[str, list[Layer]], dict[str, list[Layer]]]:
         """Return the hidden states of every teacher and of every student, as many as their alignments need."""
         images: Tensor = batch["images"]
-        configs = [cast(Alignment, module).config for module in self.alignments]
-        teacher_layers, student_layers = dict[str, int](), dict[str, int]()
-        for config in configs:
-            teacher_layers[config.teacher] = max(config.num_layers, teacher_layers.get(config.teacher, 0))
-            student_layers[config.student] = max(config.num_layers, student_layers.get(config.student, 0))
-        targets = self.memory.fetch(
-            split,
-            batch["row"],
-            images,
-            lambda part: self.teachers.forward_hidden_states(part, teacher_layers, batch_size=len(images)),
-        )
+        targets = self._targets(batch, split)
         self.teacher_is_finite = {name: finite_samples(layers) for name, layers in targets.items()}
         try:
             own = {
                 name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
-                for name, count in student_layers.items()
+                for name, count in self.layers_of("student").items()
             }
         except ValueError as error:  # how an encoder refuses images of a size it cannot take
             raise ConfigError(f"The students cannot take these images (data.img_size_px). {error}") from error
         return targets, own
+
+    def _targets(self, batch: Batch, split: Literal["train", "val"]) -> dict[str, list[Layer]]:
+        if self.stored is not None:
+            return self.stored.states(batch[STATES_KEY])
+        images, layers = batch["images"], self.layers_of("teacher")
+        forward = self.teachers.forward_hidden_states
+        return self.memory.fetch(
+            split, batch["row"], images, lambda part: forward(part, layers, batch_size=len(images))
+        )
 
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Return the total loss and its parts for one batch, without logging."""
@@ -222,11 +229,7 @@ class DistillationTask(LightningModule):
         targets, own = self.hidden_states(batch, "val")
         for alignment, collection in zip(self.comparable_alignments(), self._metrics, strict=True):
             config = alignment.config
-            if alignment.needs_calibration:
-                raise ConfigError(
-                    f"The alignment {config.student} <- {config.teacher} standardises by {config.standardise}, whose "
-                    "statistics come from training: validate a checkpoint of a run, by --ckpt_path."
-                )
+            refuse_uncalibrated(alignment)
             # One such image would make its domain's values NaN; it is left out and counted.
             keep = self.teacher_is_finite[config.teacher] & finite_samples(own[config.student])
             self._non_finite_val_samples += int((~keep).sum())
@@ -271,14 +274,7 @@ class DistillationTask(LightningModule):
             WeightsError: a teacher of the same name has other weights.
         """
         self.initial_metrics = checkpoint.get("initial_metrics", {})
-        own, saved = self.teacher_fingerprints(), checkpoint.get("teacher_fingerprints", {})
-        for name in own.keys() & saved.keys():
-            if own[name] != saved[name]:
-                raise WeightsError(
-                    f"The teacher {name!r} has not the weights that the checkpoint was trained with (fingerprint "
-                    f"{own[name][:12]}, then {saved[name][:12]}). Restore the file that model.teachers.{name} names, "
-                    "or begin a new run."
-                )
+        refuse_other_weights(self.teacher_fingerprints(), checkpoint.get("teacher_fingerprints", {}))
 
     def teacher_fingerprints(self) -> dict[str, str]:
         """Return `weights_fingerprint` of each teacher by name, taken once."""
@@ -289,41 +285,12 @@ class DistillationTask(LightningModule):
     @torch.no_grad()
     def calibrate(self) -> None:
         """Take the teachers' statistics over the first training batches; does nothing when none are wanted."""
-        wanting = [cast(Alignment, module) for module in self.alignments if cast(Alignment, module).needs_calibration]
-        if not wanting:
-            return
-        statistics = [[FeatureStatistics(dim) for dim in alignment.teacher_dims] for alignment in wanting]
-        for batch in cast(Any, self.trainer).datamodule.calibration_batches(self.calibration_batches):
-            images = batch["images"].to(self.device)
-            for alignment, layers in zip(wanting, statistics, strict=True):
-                name, count = alignment.config.teacher, alignment.config.num_layers
-                targets = self.teachers.forward_hidden_states(images, {name: count})[name]
-                keep = finite_samples(targets)  # one NaN would stay in the statistics for ever
-                for layer, (_, patches) in zip(layers, targets, strict=True):
-                    layer.update(patches[keep])
-        for alignment, layers in zip(wanting, statistics, strict=True):
-            alignment.calibrate([self._sum_over_ranks(layer) for layer in layers])
-        self._give_averages_the_statistics()
+        calibrate_alignments(self.trainer, self.device, self.alignments, self.calibration_batches, self._targets_of)
 
-    def _give_averages_the_statistics(self) -> None:
-        # Lightning's callback copies the module before training, thus before the statistics are there.
-        for callback in cast(Any, self.trainer).callbacks:
-            if isinstance(callback, WeightAveraging) and callback._average_model is not None:  # pyright: ignore[reportPrivateUsage]
-                average = cast(DistillationTask, callback._average_model.module)  # pyright: ignore[reportPrivateUsage]
-                for own, other in zip(self.alignments, average.alignments, strict=True):
-                    other.load_state_dict(own.state_dict())
-
-    def _sum_over_ranks(self, statistics: FeatureStatistics) -> FeatureStatistics:
-        if self.trainer.world_size == 1:
-            return statistics
-        count, total, outer = statistics.sums()
-        merged = FeatureStatistics(total.shape[0])
-        summed = [
-            cast(Tensor, self.trainer.strategy.reduce(value.to(self.device), reduce_op="sum")).cpu()
-            for value in (torch.tensor(count), total, outer)
-        ]
-        merged.merge(int(summed[0]), summed[1], summed[2])
-        return merged
+    def _targets_of(self, batch: Batch, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
+        if self.stored is not None:
+            return self.stored.states(batch[STATES_KEY].to(self.device))
+        return self.teachers.forward_hidden_states(batch["images"].to(self.device), layers)
 
     def _named(self, key: str, alignment: Alignment) -> str:
         """Put student and teacher into a metric's path where the run has several alignments."""
@@ -331,60 +298,3 @@ class DistillationTask(LightningModule):
             return key
         head, tail = key.split("/", 1)
         return f"{head}/{alignment.config.student}/{alignment.config.teacher}/{tail}"
-
-
-def as_modules(key: str, encoders: Mapping[str, Encoder]) -> dict[str, nn.Module]:
-    """Return encoders as modules.
-
-    Raises:
-        ConfigError: there is none, or one is no `torch.nn.Module`.
-    """
-    if not encoders:
-        raise ConfigError(f"model.{key} is empty; name at least one encoder by class_path.")
-    for name, encoder in encoders.items():
-        if not isinstance(encoder, nn.Module):
-            raise ConfigError(f"model.{key}.{name} is a {type(encoder).__name__}, not a torch.nn.Module.")
-        if "." in name or "/" in name:
-            raise ConfigError(f"model.{key}: the name {name!r} must not contain a dot or a slash.")
-    return cast(dict[str, nn.Module], dict(encoders))
-
-
-def check_names(
-    configs: list[AlignmentConfig], teachers: Mapping[str, Encoder], students: Mapping[str, Encoder]
-) -> None:
-    """Refuse alignments that name nobody, and students and teachers that no alignment names.
-
-    Raises:
-        ConfigError: naming the key and the valid names.
-    """
-    for config in configs:
-        for role, name, known in (("student", config.student, students), ("teacher", config.teacher, teachers)):
-            if name not in known:
-                raise ConfigError(f"model.alignments names the {role} {name!r}; the recipe has {', '.join(known)}.")
-    pairs = [(config.student, config.teacher) for config in configs]
-    if len(set(pairs)) != len(pairs):
-        raise ConfigError("model.alignments names the same student and teacher twice; give each pair once.")
-    idle = sorted((students.keys() | teachers.keys()) - {name for pair in pairs for name in pair})
-    if idle:
-        raise ConfigError(f"No entry of model.alignments names {', '.join(idle)}; add one or remove the encoder.")
-
-
-def validation_values(layers: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-    """Flatten `{layer: {domain: {metric: value}}}` to metric paths, with means over layers and over domains.
-
-    Returns:
-        `val/<metric>_<layer>/<domain>`, `val/<metric>/<domain>` (mean over layers) and `val/<metric>` (mean over
-        domains), for the metrics cosine, baseline and skill.
-    """
-    values: dict[str, Tensor] = {}
-    by_domain: dict[str, dict[str, list[Tensor]]] = {}
-    for layer, domains in layers.items():
-        for domain, metrics in domains.items():
-            for metric, value in metrics.items():
-                values[f"val/{metric}_{layer}/{domain}"] = value
-                by_domain.setdefault(metric, {}).setdefault(domain, []).append(value)
-    for metric, domains in by_domain.items():
-        means = {domain: torch.stack(parts).mean() for domain, parts in domains.items()}
-        values |= {f"val/{metric}/{domain}": mean for domain, mean in means.items()}
-        values[f"val/{metric}"] = torch.stack(list(means.values())).mean()
-    return values

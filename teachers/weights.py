@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from teachers.progress import file_progress
 from teachers.sources import resolve_path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -27,6 +28,7 @@ PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 _HASHED_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 _NAMES_SHOWN = 4
+_MAPPED_BYTES = 64 << 20
 
 
 def weights_sha256(weights: str | Path) -> str:
@@ -123,11 +125,24 @@ class SafetensorsCheckpoint:
                         )
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield `(name, tensor)` file by file; at most one tensor is held here at a time."""
-        for file, names_in_file in self._by_file(names).items():
+        """Yield `(name, tensor)` file by file, each a view of the mapped file: copy it and let it go."""
+        grouped = self._by_file(names)
+        with file_progress(len(grouped)) as progress:
+            for file, names_in_file in progress.track(grouped.items(), description="reading weights"):
+                yield from self._tensors_of(file, names_in_file)
+
+    def _tensors_of(self, file: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        # Pages that were read count as this process's memory while the file is mapped: it is mapped anew now and then.
+        remaining = list(reversed(names))
+        while remaining:
+            mapped_bytes = 0
             with _open(file) as handle:
-                for name in names_in_file:
-                    yield name, handle.get_tensor(self.files[name][1])
+                while remaining and mapped_bytes < _MAPPED_BYTES:
+                    name = remaining.pop()
+                    tensor = cast(Tensor, handle.get_tensor(self.files[name][1]))
+                    mapped_bytes += tensor.nbytes
+                    yield name, tensor
+                    del tensor  # or it would keep the file mapped
 
     def _by_file(self, names: Iterable[str]) -> dict[Path, list[str]]:
         grouped: dict[Path, list[str]] = {}

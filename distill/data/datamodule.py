@@ -18,6 +18,7 @@ from distill.data.plan_segments import WeightChange, check_steps
 from distill.data.planned_datamodule import PlannedDataModule, listing
 from distill.data.samplers import EvenSampler, PlanSampler, epoch_and_batch
 from distill.data.shard_cache_config import ShardCacheConfig
+from distill.data.stored_views import StoredViews
 from distill.data.transforms import NO_AUGMENTATION, Augmentation
 from distill.errors import ConfigError
 
@@ -113,6 +114,12 @@ class ShardDataModule(PlannedDataModule):
         self._val_index: DatasetIndex | None = None
         self.shard_cache, self.scaled_decoding = shard_cache, scaled_decoding
         self._look_ahead: LookAhead | None = None
+        self.stored: StoredViews | None = None
+
+    @property
+    def val_index(self) -> DatasetIndex | None:
+        """The validation samples, after `setup`; None where there are none."""
+        return self._val_index
 
     @property
     def has_fixed_views(self) -> bool:
@@ -176,7 +183,8 @@ class ShardDataModule(PlannedDataModule):
         if self._val_index is None:
             return []
         sampler = EvenSampler(len(self._val_index), self.val_batch_size_per_device, **self._view.place)
-        rows = RowDataset(self._val_index, self.img_size_px, self.img_size_px if self.scaled_decoding else None)
+        kind = RowDataset if self.stored is None else self.stored.validation
+        rows = kind(self._val_index, self.img_size_px, self.img_size_px if self.scaled_decoding else None)
         return self._loader(rows, sampler)
 
     def calibration_batches(self, count: int) -> Iterator[dict[str, Tensor]]:
@@ -202,8 +210,11 @@ class ShardDataModule(PlannedDataModule):
         )
 
     def _train_loader(self, sampler: Sampler[list[int]]) -> DataLoader[Batch]:
-        dataset = PlannedDataset(self.plan, self.img_size_px, self.augment, scaled_decoding=self.scaled_decoding)
-        return self._loader(dataset, sampler)
+        views, scaled = (self.plan, self.img_size_px, self.augment), self.scaled_decoding
+        if self.stored is None:
+            return self._loader(PlannedDataset(*views, scaled_decoding=scaled), sampler)
+        samples = self._sampler_arguments()[0]
+        return self._loader(self.stored.training(*views, epoch_samples=samples, scaled_decoding=scaled), sampler)
 
     def _loader(self, dataset: Dataset[Batch], sampler: Sampler[list[int]]) -> DataLoader[Batch]:
         return build_loader(dataset, sampler, num_workers=self.num_workers, start_method=self.worker_start_method)

@@ -73,7 +73,7 @@ def _is_run(path: Path) -> bool:
 def _main(path: Path) -> list[NamedEncoder]:
     if _is_run(path):
         return _of_run(path, RunDir(path).student_names)
-    run = _run_of_export(path)
+    run = run_of(path)
     if run is None:
         return [_single(path, "other")]
     names = RunDir(run).student_names
@@ -121,8 +121,10 @@ def _manifest(export: Path) -> dict[str, Any]:
     return _json(export / "manifest.json") or {}
 
 
-def _run_of_export(path: Path) -> Path | None:
-    """Return the run an export belongs to: the one its manifest names, else the one it lies in."""
+def run_of(path: Path) -> Path | None:
+    """Return the run that a path is, or is an export of: the one its manifest names, else the one it lies in."""
+    if _is_run(path):
+        return path
     named = _manifest(path).get("run")
     candidates = [Path(named), path / named] if isinstance(named, str) else []
     resolved = path.resolve()

@@ -1,13 +1,12 @@
-"""Frozen features of a data set: pooled vectors for classifiers, and a few patch tokens an image for fidelity.
+"""Frozen features of a data set: pooled vectors for classifiers, and patch tokens for fidelity and attention.
 
-Legend: N images, T sampled tokens an image, D the width of the encoder's last hidden state.
+Legend: N images, T tokens an image, D the width of a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -15,23 +14,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
 from distill.encoder import Encoder, Layer
-from distill.errors import ConfigError, DataError
-from distill.precision import choose_precision
+from distill.errors import ConfigError, DataError, DistillError
+from distill.probe.extraction import (
+    Extraction,
+    Pool,
+    Precision,
+    choose_device,
+    layers_needed,
+    pool_layer,
+)
+from distill.probe.feature_records import LAST, Features, Grid, Wanted, features_of, pooled_key, tokens_key
+from distill.probe.ranks import agree, gather, rank_and_size, share_of, sum_over_ranks
 
-Pool = Literal["mean", "prefix", "mean_prefix"]
-Precision = Literal["float32", "bfloat16"]
-PrecisionChoice = Literal["auto", "float32", "bfloat16"]
-Grid = tuple[int, int]
+__all__ = ["Features", "Grid", "Samples", "Wanted", "choose_device", "extract", "extract_features", "grid_of"]
 
 MAX_BAD_FRACTION = 0.01
 """More undecodable images than this stop the probe: the score would be of another data set."""
-
-CPU_BATCH = 4
-"""Largest batch on a CPU: EfficientNet-Lite0 at 448 px takes 1.8 times the CPU time an image in batches of 32, whose
-activations outgrow the caches and are mapped anew by the system for every layer."""
 
 
 class Samples(Protocol):
@@ -44,27 +45,6 @@ class Samples(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Return one sample; raises DataError when its image cannot be used."""
         ...
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an encoder makes of a data set, on the CPU, in the data set's order.
-
-    Attributes:
-        pooled: `[N, D]`, float32; twice as wide for pool "mean_prefix".
-        labels: `[N]`, int64; -1 for no label.
-        domains: `[N]`, int64.
-        rows: `[N]`, int64, row of each image in the index.
-        tokens: for each requested grid, `[N, T, D]` float32 patch tokens at places that depend only on seed and row.
-        num_bad: images left out because they could not be decoded.
-    """
-
-    pooled: Tensor
-    labels: Tensor
-    domains: Tensor
-    rows: Tensor
-    tokens: dict[Grid, Tensor] = field(default_factory=dict[Grid, Tensor])
-    num_bad: int = 0
 
 
 class _Tolerant(Dataset[dict[str, Any]]):
@@ -88,27 +68,6 @@ def _collate(samples: list[dict[str, Any]]) -> tuple[dict[str, Tensor] | None, l
     return (default_collate(good) if good else None), [sample["error"] for sample in samples if "error" in sample]
 
 
-def choose_device(device: str) -> str:
-    """Return the device to run encoders on; "auto" takes a GPU when there is one.
-
-    Raises:
-        ConfigError: "cuda" was asked for, and torch sees no CUDA device.
-    """
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return device
-
-
-def choose_dtype(precision: PrecisionChoice, device: str) -> Precision:
-    """Return the precision to run encoders in; "auto" takes bfloat16 where the device computes it fast."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if choose_precision("cuda" if device == "cuda" else "cpu") == "bf16-mixed" else "float32"
-
-
-@torch.no_grad()
 def extract(
     encoder: nn.Module,
     dataset: Samples,
@@ -123,13 +82,16 @@ def extract(
     seed: int = 0,
     name: str = "encoder",
     console: Console | None = None,
+    layers: Sequence[int] = (LAST,),
+    dense_grid: Grid | None = None,
+    img_size_px: int = 448,
 ) -> Features:
-    """Run an encoder once over a data set and keep pooled features of its last hidden state.
+    """Run an encoder once over a data set and keep pooled features and tokens of its last hidden states.
 
     Args:
         encoder: offers `distill.encoder.Encoder`, weights loaded; set to eval mode and moved to `device`.
         dataset: the images, uint8; each encoder normalises for itself.
-        batch_size: images a forward pass; at most `CPU_BATCH` are used on a CPU.
+        batch_size: images a forward pass; fewer on a CPU, see `Extraction.images_per_pass`.
         device: where the encoder runs.
         precision: "bfloat16" runs the encoder under autocast, which one that fixes its own dtype ignores; features
             are kept in float32 either way.
@@ -140,33 +102,84 @@ def extract(
         seed: chooses the places of the tokens, the same for every encoder.
         name: shown beside the progress bar and in errors.
         console: where the progress bar is drawn.
+        layers: hidden states to keep, counted from the end; the last one is kept always.
+        dense_grid: grid on which all tokens of the last hidden state are kept besides; None keeps none.
+        img_size_px: side of the images, which bounds the batch on a CPU.
+
+    Returns:
+        Under torch.distributed each process takes a share of the images, and the first gets all of them; the others
+        get their own share.
 
     Raises:
-        ConfigError: `pool` needs a prefix token and the encoder has none, or a grid is finer than the encoder's.
+        ConfigError: `pool` needs a prefix token and the encoder has none, a grid is finer than the encoder's, or it
+            has no such layer.
         DataError: a feature is not finite, no image can be decoded, or more than 1 % cannot.
     """
-    contract = cast(Encoder, encoder.to(device).eval())
-    if pool != "mean" and contract.num_prefix_tokens == 0:
-        raise ConfigError(f"--pool {pool} needs a class token and {name} has none; use --pool mean.")
-    store = _Store(len(dataset))
-    if torch.device(device).type == "cpu":
-        batch_size = min(batch_size, CPU_BATCH)
-    loader = DataLoader(_Tolerant(dataset), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
-    autocast = torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    how = Extraction(batch_size, str(device), precision, num_workers, pool, img_size_px, seed)
+    wanted = Wanted(tuple(sorted({LAST, *layers})), tuple(token_grids), tokens_per_image, dense_grid)
+    return extract_features(encoder, dataset, how, wanted, name=name, console=console)
+
+
+def extract_features(
+    encoder: nn.Module,
+    dataset: Samples,
+    how: Extraction,
+    wanted: Wanted,
+    *,
+    name: str = "encoder",
+    console: Console | None = None,
+) -> Features:
+    """Do what `extract` says, with its arguments in two records."""
+    contract = how.ready(encoder)
+    if how.pool != "mean" and contract.num_prefix_tokens == 0:
+        raise ConfigError(f"--pool {how.pool} needs a class token and {name} has none; use --pool mean.")
+    depth = layers_needed(contract, wanted.layers)
+    share = share_of(len(dataset))
+    mine = dataset if len(share) == len(dataset) else cast(Samples, Subset(cast(Any, dataset), share))
+    store = _Store(len(mine), name)
+    try:
+        _fill(store, contract, mine, how, wanted, depth, name, console)
+    except DistillError as error:
+        agree(str(error))
+        raise
+    agree(None)
+    return store.features(wanted, len(dataset))
+
+
+def _fill(
+    store: _Store,
+    contract: Encoder,
+    dataset: Samples,
+    how: Extraction,
+    wanted: Wanted,
+    depth: int,
+    name: str,
+    console: Console | None,
+) -> None:
+    batch_size = how.images_per_pass(how.img_size_px)
+    loader = DataLoader(_Tolerant(dataset), batch_size=batch_size, num_workers=how.num_workers, collate_fn=_collate)
     with _progress(console) as progress:
         task = progress.add_task(f"features of {name}", total=len(dataset))
         for batch, errors in loader:
             store.note_bad(errors)
             if batch is not None:
-                with autocast:
-                    layer = contract.forward_hidden_states(batch["image"].to(device), 1)[-1]
-                kept: dict[str | Grid, Tensor] = {"pooled": _pool(layer, pool)}
-                for grid in token_grids:
-                    kept[grid] = _sample_tokens(layer[1], grid, batch["row"], tokens_per_image, seed)
+                states = how.hidden_states(cast(nn.Module, contract), batch["image"], depth)
+                kept = _kept(states, batch["row"], how, wanted)
                 _require_finite(kept, batch["row"], name)
                 store.append({**kept, **{key: batch[key] for key in ("label", "domain", "row")}})
             progress.advance(task, len(errors) + (0 if batch is None else len(batch["row"])))
-    return store.features(token_grids, name)
+
+
+def _kept(states: Sequence[Layer], rows: Tensor, how: Extraction, wanted: Wanted) -> dict[str, Tensor]:
+    kept: dict[str, Tensor] = {}
+    for layer in wanted.layers:
+        kept[pooled_key(layer)] = pool_layer(states[layer], how.pool)
+        for grid in wanted.token_grids:
+            maps = _pooled_map(states[layer][1], grid)
+            kept[tokens_key(layer, grid)] = _sample_tokens(maps, rows, wanted.tokens_per_image, how.seed)
+    if wanted.dense_grid is not None:
+        kept["dense"] = _pooled_map(states[LAST][1], wanted.dense_grid).flatten(1, 2)
+    return kept
 
 
 def grid_of(encoder: nn.Module, img_size_px: int, *, device: torch.device | str = "cpu") -> Grid:
@@ -188,23 +201,26 @@ def grid_of(encoder: nn.Module, img_size_px: int, *, device: torch.device | str 
 class _Store:
     """Tensors that fill up batch by batch, allocated once, so that the peak is the result and one batch."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, name: str) -> None:
+        self._size, self._name = size, name
         self._filled = 0
-        self._tensors: dict[str | Grid, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
         self._num_bad = 0
         self._first_error = ""
 
     def note_bad(self, errors: list[str]) -> None:
         self._num_bad += len(errors)
         self._first_error = self._first_error or "".join(errors[:1])
-        if self._num_bad > max(1, int(MAX_BAD_FRACTION * self._size)):
+        self._require_few(self._num_bad, self._size * rank_and_size()[1])
+
+    def _require_few(self, num_bad: int, size: int) -> None:
+        if num_bad > max(1, int(MAX_BAD_FRACTION * size)):
             raise DataError(
-                f"{self._num_bad} of {self._size} images cannot be decoded; at most {MAX_BAD_FRACTION:.0%} (and one) "
-                f"may be left out. The first: {self._first_error} Repair the shards and index them again."
+                f"{num_bad} of {size} images cannot be decoded; at most {MAX_BAD_FRACTION:.0%} (and one) may be left "
+                f"out. The first: {self._first_error} Repair the data and index it again."
             )
 
-    def append(self, batch: Mapping[str | Grid, Tensor]) -> None:
+    def append(self, batch: Mapping[str, Tensor]) -> None:
         stop = self._filled
         for key, value in batch.items():
             if key not in self._tensors:
@@ -213,35 +229,37 @@ class _Store:
             self._tensors[key][self._filled : stop] = value.cpu()
         self._filled = stop
 
-    def features(self, grids: Sequence[Grid], name: str) -> Features:
-        if not self._filled:
-            raise DataError(f"No image could be decoded for {name}. {self._first_error or 'The data set is empty.'}")
-        kept = {key: value[: self._filled] for key, value in self._tensors.items()}
-        tokens = {grid: kept[grid] for grid in grids}
-        return Features(kept["pooled"], kept["label"], kept["domain"], kept["row"], tokens, self._num_bad)
+    def features(self, wanted: Wanted, size: int) -> Features:
+        """Gather what all processes have; a share without any image would have no shape, so it is refused."""
+        empty = None if self._filled else f"No image could be decoded for {self._name}. {self._first_error}".rstrip()
+        agree(empty)
+        if empty is not None:
+            raise DataError(
+                f"{empty}{'' if self._first_error else ' The data set, or a process share of it, is empty.'}"
+            )
+        num_bad = sum_over_ranks(self._num_bad)
+        self._require_few(num_bad, size)
+        kept = gather({key: value[: self._filled] for key, value in self._tensors.items()})
+        return features_of(kept, wanted, num_bad)
 
 
-def _pool(layer: Layer, pool: Pool) -> Tensor:
-    prefix, patches = layer
-    mean = patches.flatten(1, 2).float().mean(1)
-    if pool == "mean":
-        return mean
-    first = prefix[:, 0].float()
-    return first if pool == "prefix" else torch.cat([mean, first], dim=1)
-
-
-def _sample_tokens(patches: Tensor, grid: Grid, rows: Tensor, tokens_per_image: int, seed: int) -> Tensor:
-    """Patch tokens `[B, T, D]`, float32, of the map pooled to `grid`, at places drawn from (seed, row)."""
-    height, width = grid
-    if height > patches.shape[1] or width > patches.shape[2]:
+def _pooled_map(patches: Tensor, grid: Grid) -> Tensor:
+    """Patch map `[B, h, w, D]`, float32, averaged down to `grid`."""
+    if grid[0] > patches.shape[1] or grid[1] > patches.shape[2]:
         raise ConfigError(
             f"grid {grid} is finer than the encoder's {tuple(patches.shape[1:3])}; pool to a coarser one."
         )
     maps = patches.float()
     if tuple(patches.shape[1:3]) != grid:
         maps = F.adaptive_avg_pool2d(maps.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1)
-    count = min(tokens_per_image, height * width)
-    places = np.stack([_places(height * width, count, seed, row) for row in rows.tolist()])
+    return maps
+
+
+def _sample_tokens(maps: Tensor, rows: Tensor, tokens_per_image: int, seed: int) -> Tensor:
+    """Patch tokens `[B, T, D]` of maps `[B, h, w, D]`, at places drawn from (seed, row)."""
+    size = maps.shape[1] * maps.shape[2]
+    count = min(tokens_per_image, size)
+    places = np.stack([_places(size, count, seed, row) for row in rows.tolist()])
     index = torch.from_numpy(places).to(maps.device)
     return maps.flatten(1, 2).gather(1, index[:, :, None].expand(-1, -1, maps.shape[3]))
 
@@ -250,13 +268,13 @@ def _places(size: int, count: int, seed: int, row: int) -> np.ndarray[Any, np.dt
     return np.random.default_rng([seed, row]).permutation(size)[:count].astype(np.int64)
 
 
-def _require_finite(kept: Mapping[str | Grid, Tensor], rows: Tensor, name: str) -> None:
+def _require_finite(kept: Mapping[str, Tensor], rows: Tensor, name: str) -> None:
     for value in kept.values():
         finite = value.flatten(1).isfinite().all(1).cpu()
         if not finite.all():
             bad = rows[~finite].tolist()
             raise DataError(
-                f"{name} gives features that are not finite for {len(bad)} image(s), first row {bad[0]} of the index. "
+                f"{name} gives features that are not finite for {len(bad)} image(s), first row {bad[0]} of the data. "
                 "A probe of NaN or infinity means nothing: check the weights, or use --precision float32."
             )
 

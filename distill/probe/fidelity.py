@@ -1,23 +1,26 @@
 """Fidelity: how much of the teacher's features can be read from an encoder's, by a linear map, on unseen images.
 
-Two figures, neither of which needs labels:
+Figures that need no labels:
 
 * `cosine_centred`: patch tokens of the encoder are mapped to the teacher's by closed-form ridge regression (fitted on
   the fit split, strength chosen on the select split) and compared on the test split. Patch tokens, because they are
   what a VLM's connector consumes. Both sides are centred by their domain's mean over the fit split, so the trivial
   prediction, the mean teacher feature, scores 0 by construction, and merely knowing the domain earns nothing. 1 means
   that the teacher's tokens are a linear function of the encoder's.
+* `cosine_raw` and `relative_l2` of the same mapped tokens: the cosine with the means left in, which flatters whoever
+  predicts the mean, and the norm of what the map leaves unexplained over the norm of the centred teacher tokens.
 * `debiased_cka`: linear CKA of the pooled features, in the debiased form. The plain form tends to 1 whenever there are
   fewer images than channels, whatever the features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,11 +46,15 @@ class CosineResult:
     Attributes:
         per_image: `[n_test]`, float64, mean centred cosine over the image's tokens, in the order of the test part;
             NaN for images of a domain that the fit split lacks.
-        strength: the chosen ridge strength, relative as in `RIDGE_STRENGTHS`.
+        strength: the chosen ridge strength, relative as in `RIDGE_STRENGTHS`; None where no map was fitted.
+        raw: `[n_test]`, likewise, mean cosine with the teacher's mean token put back on both sides.
+        relative_l2: `[n_test]`, likewise, norm of the difference over the norm of the centred teacher tokens.
     """
 
     per_image: FloatArray
-    strength: float
+    strength: float | None
+    raw: FloatArray
+    relative_l2: FloatArray
 
 
 class RidgePath:
@@ -89,7 +96,7 @@ def cosine_centred(student: Tensor, teacher: Tensor, domains: IntArray, split: S
     """
     if student.shape[:2] != teacher.shape[:2]:
         raise ValueError(f"tokens {tuple(student.shape[:2])} and {tuple(teacher.shape[:2])} must be of the same images")
-    x, y = _centre(student, domains, split.fit), _centre(teacher, domains, split.fit)
+    (x, _), (y, means) = _centre(student, domains, split.fit), _centre(teacher, domains, split.fit)
     std = x[torch.from_numpy(split.fit)].flatten(0, 1).std(0, correction=0)
     x = x / torch.where(std > torch.finfo(torch.float32).eps, std, torch.ones_like(std))
     known = np.isin(domains, domains[split.fit])
@@ -101,21 +108,66 @@ def cosine_centred(student: Tensor, teacher: Tensor, domains: IntArray, split: S
     }
     # max() keeps the first of equals; reversed, a tie goes to the stronger regularisation.
     best = max(reversed(RIDGE_STRENGTHS), key=scores.__getitem__) if len(seen) else RIDGE_STRENGTHS[-1]
-    per_image = _token_cosine(x[test], y[test], path.weight(best)).numpy().copy()
-    per_image[~known[split.test]] = np.nan
-    return CosineResult(per_image, best)
+    weight = path.weight(best)
+    return _on_test(
+        lambda tokens: tokens.to(torch.float64) @ weight, x[test], y[test], means[test], ~known[split.test], best
+    )
 
 
-def _centre(tokens: Tensor, domains: IntArray, fit: IntArray) -> Tensor:
-    """Subtract from each image's tokens its domain's mean token over the fit split."""
+def cosine_to_itself(augmented: Tensor, teacher: Tensor, domains: IntArray, split: Split) -> CosineResult:
+    """Compare a teacher's tokens of augmented test images with those of the images as they are: fidelity's ceiling.
+
+    No map is fitted, since both are in one basis; both are centred by the unaugmented domain means over the fit split.
+
+    Args:
+        augmented: `[n_test, T, E]`, tokens of the augmented test images.
+        teacher: `[N, T, E]`, tokens of all images.
+        domains: `[N]`, domain number of each image.
+        split: positions of fit, select and test images.
+    """
+    y, means = _centre(teacher, domains, split.fit)
+    test = torch.from_numpy(split.test)
+    unknown = ~np.isin(domains, domains[split.fit])[split.test]
+    return _on_test(
+        lambda tokens: tokens.to(torch.float64), augmented - means[test], y[test], means[test], unknown, None
+    )
+
+
+def _on_test(
+    predict: Callable[[Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    means: Tensor,
+    unknown: NDArray[np.bool_],
+    strength: float | None,
+) -> CosineResult:
+    """Compare predictions of centred tokens x `[n, T, D]` with the centred teacher tokens y `[n, T, E]`."""
+    centred, raw, distance = (torch.empty(len(x), dtype=torch.float64) for _ in range(3))
+    per_chunk = max(1, _CHUNK_TOKENS // max(1, x.shape[1]))
+    for at in torch.arange(len(x)).split(per_chunk):
+        guess, truth, mean = predict(x[at]), y[at].to(torch.float64), means[at].to(torch.float64)
+        centred[at] = F.cosine_similarity(guess, truth, dim=-1, eps=1e-12).mean(1)
+        raw[at] = F.cosine_similarity(guess + mean, truth + mean, dim=-1, eps=1e-12).mean(1)
+        norm = truth.flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+        distance[at] = (guess - truth).flatten(1).norm(dim=1) / norm
+    found = [values.numpy().copy() for values in (centred, raw, distance)]
+    for values in found:
+        values[unknown] = np.nan
+    return CosineResult(found[0], strength, found[1], found[2])
+
+
+def _centre(tokens: Tensor, domains: IntArray, fit: IntArray) -> tuple[Tensor, Tensor]:
+    """Tokens less their domain's mean token over the fit split, and those means `[N, 1, D]`."""
     centred = tokens.clone()
+    means = torch.zeros(len(tokens), 1, tokens.shape[2], dtype=tokens.dtype)
     for domain in np.unique(domains).tolist():
         members = fit[domains[fit] == domain]
         if len(members):
             at = torch.from_numpy(np.flatnonzero(domains == domain))
             mean = tokens[torch.from_numpy(members)].to(torch.float64).mean((0, 1))
             centred[at] -= mean.to(tokens.dtype)
-    return centred
+            means[at] = mean.to(tokens.dtype)
+    return centred, means
 
 
 def _token_cosine(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:

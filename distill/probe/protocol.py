@@ -51,7 +51,7 @@ def group_ids(groups: Sequence[str]) -> IntArray:
 
 
 def split_by_group(
-    groups: Sequence[str], strata: IntArray, *, seed: int, fractions: tuple[float, float, float] = FRACTIONS
+    groups: Sequence[str], strata: IntArray, *, seed: int, fractions: tuple[float, ...] = FRACTIONS
 ) -> Split:
     """Split images into fit, select and test, whole groups at a time, each stratum in the given shares.
 
@@ -68,17 +68,41 @@ def split_by_group(
     Raises:
         DataError: there are fewer than three groups.
     """
+    parts = _part_of_images(groups, strata, seed, fractions)
+    return Split(*(np.flatnonzero(parts == part).astype(np.int64) for part in range(3)))
+
+
+def split_train_by_group(groups: Sequence[str], strata: IntArray, is_test: NDArray[np.bool_], *, seed: int) -> Split:
+    """Split the images outside a fixed test part into fit and select, as `split_by_group` does.
+
+    Args:
+        groups: `N` group names; an empty name is a group of its own.
+        strata: `[N]`, the stratum of each image.
+        is_test: `[N]`, the images of the test part.
+        seed: another seed gives another split.
+
+    Raises:
+        DataError: there are fewer than two groups outside the test part.
+    """
+    train = np.flatnonzero(~is_test)
+    names = [groups[at] or f"\0{at}" for at in train.tolist()]
+    parts = _part_of_images(names, strata[train], seed, FRACTIONS[:2])
+    return Split(train[parts == 0], train[parts == 1], np.flatnonzero(is_test).astype(np.int64))
+
+
+def _part_of_images(groups: Sequence[str], strata: IntArray, seed: int, fractions: tuple[float, ...]) -> IntArray:
+    """Number of the part of each image `[N]`."""
     ids = group_ids(groups)
     num_groups = int(ids.max()) + 1 if len(ids) else 0
-    if num_groups < MIN_GROUPS:
+    if num_groups < len(fractions):
+        parts = "fit, select and test" if len(fractions) == MIN_GROUPS else "fit and select, beside the fixed test,"
         raise DataError(
-            f"The probe set has {num_groups} group(s) of images; fit, select and test need one each, so "
-            f"{MIN_GROUPS} at least. Add images, or give the samples distinct `group` fields."
+            f"The probe set has {num_groups} group(s) of images; {parts} need one each, so {len(fractions)} at least. "
+            "Add images, or give the samples distinct `group` fields."
         )
     strata_ids = np.unique(strata, return_inverse=True)[1].reshape(-1)
-    part_of = _assign(_members(ids, num_groups), strata_ids, _hash_order(groups, ids, num_groups, seed), fractions)
-    parts = part_of[ids]
-    return Split(*(np.flatnonzero(parts == part).astype(np.int64) for part in range(3)))
+    order = _hash_order(groups, ids, num_groups, seed)
+    return _assign(_members(ids, num_groups), strata_ids, order, fractions)[ids]
 
 
 def _members(ids: IntArray, num_groups: int) -> list[IntArray]:
@@ -98,17 +122,15 @@ def _hash_order(groups: Sequence[str], ids: IntArray, num_groups: int, seed: int
     return rank
 
 
-def _assign(
-    members: list[IntArray], strata: IntArray, rank: IntArray, fractions: tuple[float, float, float]
-) -> IntArray:
-    """Part (0 fit, 1 select, 2 test) of each group `[G]`."""
+def _assign(members: list[IntArray], strata: IntArray, rank: IntArray, fractions: tuple[float, ...]) -> IntArray:
+    """Part (0 fit, 1 select and, with three fractions, 2 test) of each group `[G]`."""
     sizes = np.bincount(strata)
     groups_of: list[list[int]] = [[] for _ in sizes]
     for group, rows in enumerate(members):
         for stratum in np.unique(strata[rows]).tolist():
             groups_of[stratum].append(group)
     share = np.asarray(fractions, dtype=np.float64) / sum(fractions)
-    placed = np.zeros((len(sizes), 3), dtype=np.float64)
+    placed = np.zeros((len(sizes), len(share)), dtype=np.float64)
     part_of = np.full(len(members), -1, dtype=np.int64)
     for stratum in sorted(range(len(sizes)), key=lambda s: (len(groups_of[s]), s)):
         for group in sorted(groups_of[stratum], key=rank.__getitem__):
@@ -116,7 +138,7 @@ def _assign(
                 continue
             lack = share * sizes[stratum] - placed[stratum]
             if placed[stratum, 0] == 0:
-                lack = np.asarray([1.0, 0.0, 0.0])
+                lack = np.eye(len(share))[0]
             elif (placed[stratum] == 0).any():
                 lack = np.where(placed[stratum] == 0, lack, -np.inf)
             part = int(np.argmax(lack))
@@ -140,13 +162,16 @@ class Classes:
     dropped: dict[str, int]
 
 
-def usable_classes(labels: IntArray, label_names: Sequence[str], groups: Sequence[str]) -> Classes:
+def usable_classes(
+    labels: IntArray, label_names: Sequence[str], groups: Sequence[str], is_test: NDArray[np.bool_] | None = None
+) -> Classes:
     """Renumber the classes that have a group for each of fit, select and test; name those that have not.
 
     Args:
         labels: `[N]`, index into `label_names`, or -1 for no label.
         label_names: name of each class.
         groups: `N` group names; an empty name is a group of its own.
+        is_test: `[N]`, the images of a fixed test part: a class then needs two groups outside it and one inside.
 
     Raises:
         DataError: a label has no name, some images are labelled but a class has no image at all, or fewer than two
@@ -167,6 +192,10 @@ def usable_classes(labels: IntArray, label_names: Sequence[str], groups: Sequenc
             f"No image has the class(es) {', '.join(map(repr, empty[:5]))}; each class needs {MIN_GROUPS} groups of "
             "images. Add images of it, or take its name out."
         )
+    if is_test is not None:
+        train = {name: len(np.unique(ids[(labels == at) & ~is_test])) for at, name in enumerate(label_names)}
+        # What counts is the smaller of the two needs: two groups to fit and select on, one to test.
+        counts = {name: min(train[name], 2) + min(counts[name] - train[name], 1) for name in counts}
     kept = [label for label, name in enumerate(label_names) if counts[name] >= MIN_GROUPS]
     if len(kept) < 2:
         listing = ", ".join(f"{name!r} ({count})" for name, count in list(counts.items())[:5])
@@ -181,7 +210,13 @@ def usable_classes(labels: IntArray, label_names: Sequence[str], groups: Sequenc
 
 
 def split_for_probe(
-    classes: Classes, domains: IntArray, groups: Sequence[str], *, seed: int, fractions: tuple[float, ...] = FRACTIONS
+    classes: Classes,
+    domains: IntArray,
+    groups: Sequence[str],
+    *,
+    seed: int,
+    fractions: tuple[float, ...] = FRACTIONS,
+    is_test: NDArray[np.bool_] | None = None,
 ) -> Split:
     """Split all images, labelled or not, so that each class, and each domain's unlabelled part, is in every part.
 
@@ -191,14 +226,17 @@ def split_for_probe(
         groups: `N` group names; an empty name is a group of its own.
         seed: another seed gives another split.
         fractions: shares of fit, select and test.
+        is_test: `[N]`, a fixed test part; None draws one.
 
     Raises:
         DataError: there are fewer than three groups, or a class got no image in a part, which happens when its
             groups also hold rarer classes.
     """
-    fit, select, test = fractions
     strata = np.where(classes.targets >= 0, classes.targets, len(classes.names) + domains)
-    split = split_by_group(groups, strata, seed=seed, fractions=(fit, select, test))
+    if is_test is None:
+        split = split_by_group(groups, strata, seed=seed, fractions=fractions)
+    else:
+        split = split_train_by_group(groups, strata, is_test, seed=seed)
     for part, positions in (("fit", split.fit), ("select", split.select), ("test", split.test)):
         present = set(classes.targets[positions].tolist())
         absent = [name for label, name in enumerate(classes.names) if label not in present]

@@ -1,4 +1,4 @@
-"""From features to figures: accuracies, fidelity and paired differences, overall and for each domain.
+"""From features to figures: one encoder's rungs, and the paired differences of encoders.
 
 One classifier is trained on all labelled images together; a domain's accuracy is that classifier's on the domain's
 test images, against all classes. Images without a label, or of a class that was dropped, count for fidelity only.
@@ -6,189 +6,117 @@ test images, against all classes. Images without a label, or of a class that was
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from distill.probe.cohort import OVERALL, Cohort
+from distill.probe.feature_records import LAST, Features, Grid
+from distill.probe.fidelity_scores import CKA_TITLE, cka_entries, fidelity_block, fidelity_scores
+from distill.probe.ladder import Rung, classification_scores
+from distill.probe.rung import LOWER_IS_BETTER, RungScore
+from distill.probe.score_intervals import paired_entries, score_entries
 
-from distill.probe.features import Features, Grid
-from distill.probe.fidelity import cosine_centred, debiased_cka
-from distill.probe.intervals import FloatArray, Interval, bootstrap_mean, paired_difference, wilson
-from distill.probe.knn import TEMPERATURE, knn_probe
-from distill.probe.linear import linear_probe
-from distill.probe.protocol import IntArray, Split
-
-Metric = Literal["linear_top1", "knn_top1", "cosine_centred"]
-OVERALL = "overall"
+__all__ = ["OVERALL", "Cohort", "Reference", "Scores", "compare", "metrics_of", "score_encoder"]
 
 
 @dataclass(frozen=True)
-class Cohort:
-    """The images that are scored, the same for every encoder.
+class Reference:
+    """The teacher that an encoder is compared with, and the grid that their tokens are compared on."""
 
-    Attributes:
-        targets: `[N]`, class of each image, -1 for none.
-        class_names: name of each class; empty when no image is labelled.
-        domains: `[N]`, position of each image's domain in `domain_names`.
-        domain_names: name of each domain.
-        groups: `[N]`, group of each image.
-        split: fit, select and test positions of all images.
-        seed: of the bootstrap.
-    """
-
-    targets: IntArray
-    class_names: tuple[str, ...]
-    domains: IntArray
-    domain_names: tuple[str, ...]
-    groups: IntArray
-    split: Split
-    seed: int
-
-    @property
-    def labelled(self) -> Split:
-        """The split's images that have a usable label."""
-        return self.split.restrict(self.targets >= 0)
-
-    def scopes(self, positions: IntArray) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-        """Yield "overall" and each domain with the mask of its images among `positions`; domains without any do not."""
-        yield OVERALL, np.ones(len(positions), dtype=np.bool_)
-        for number, name in enumerate(self.domain_names):
-            mask = self.domains[positions] == number
-            if mask.any():
-                yield name, mask
-
-
-@dataclass(frozen=True)
-class PerImage:
-    """One value for each scored image of an encoder.
-
-    Attributes:
-        positions: `[n]`, position of each image in the cohort.
-        values: `[n]`, 0 or 1 for accuracies.
-        grid: the grid that a cosine was measured on; figures on different grids are not comparable.
-    """
-
-    positions: IntArray
-    values: FloatArray
-    grid: Grid | None = None
+    name: str
+    features: Features
+    grid: Grid
 
 
 @dataclass(frozen=True)
 class Scores:
-    """An encoder's figures as probe.json holds them, and the values behind them."""
+    """An encoder's figures as probe.json holds them, and the rungs behind them.
+
+    Attributes:
+        entry: the keys "linear", "knn", "fidelity" and "scores".
+        rungs: every figure with its parts by image.
+    """
 
     entry: dict[str, Any]
-    per_image: dict[Metric, PerImage]
+    rungs: list[RungScore]
+
+    def with_rungs(self, further: Sequence[RungScore], seed: int) -> Scores:
+        """Return these scores and further ones."""
+        entries = [entry for score in further for entry in score_entries(score, seed=seed)]
+        return Scores({**self.entry, "scores": [*self.entry["scores"], *entries]}, [*self.rungs, *further])
 
 
-def score_encoder(features: Features, cohort: Cohort, reference: tuple[str, Features, Grid] | None) -> Scores:
-    """Score one encoder by linear probe, kNN and fidelity.
+def score_encoder(
+    features: Features, cohort: Cohort, reference: Reference | None, rungs: Sequence[Rung], layers: Sequence[int]
+) -> Scores:
+    """Score one encoder by the rungs that need its features of the cohort's images alone.
 
     Args:
         features: of all images of the cohort, in its order.
         cohort: the images.
-        reference: the teacher's name and features and the grid that tokens are compared on; None for the teacher
-            itself and where there is no teacher.
-
-    Returns:
-        The values of the keys "linear", "knn" and "fidelity", and the per-image values.
+        reference: what it is compared with; None for the teacher itself and where there is no teacher.
+        rungs: which to climb.
+        layers: which hidden states to judge; see `classification_scores` and `fidelity_scores`.
     """
-    entry: dict[str, Any] = {"linear": None, "knn": None, "fidelity": None}
-    per_image: dict[Metric, PerImage] = {}
+    entry: dict[str, Any] = {"linear": None, "knn": None, "fidelity": None, "scores": []}
+    found: list[RungScore] = []
     if cohort.class_names:
-        targets, split = torch.from_numpy(cohort.targets), cohort.labelled
-        num_classes = len(cohort.class_names)
-        linear = linear_probe(features.pooled, targets, split, num_classes=num_classes)
-        knn = knn_probe(features.pooled, targets, split, num_classes=num_classes)
-        entry["linear"], per_image["linear_top1"] = _accuracy({"C": linear.c}, linear.predictions, cohort)
-        head = {"k": knn.k, "temperature": TEMPERATURE}
-        entry["knn"], per_image["knn_top1"] = _accuracy(head, knn.predictions, cohort)
-    if reference is not None:
-        entry["fidelity"], per_image["cosine_centred"] = _fidelity(features, cohort, *reference)
-    return Scores(entry, per_image)
+        found, chosen = classification_scores(features, cohort, rungs, layers)
+        entries = [item for score in found for item in score_entries(score, seed=cohort.seed)]
+        entry["scores"] = entries
+        for block, metric in (("linear", "linear_top1"), ("knn", "knn_top1")):
+            entry[block] = _accuracy_block(metric, chosen, entries)
+    if reference is not None and "fidelity" in rungs:
+        compared, by_layer = fidelity_scores(features, reference.features, cohort, reference.grid, layers)
+        entries = [item for score in compared for item in score_entries(score, seed=cohort.seed)]
+        entries += cka_entries(features, reference.features, cohort, layers)
+        tokens_per_image = features.tokens[reference.grid].shape[1]
+        entry["fidelity"] = fidelity_block(reference.name, by_layer[LAST], entries, reference.grid, tokens_per_image)
+        entry["scores"] = [*entry["scores"], *entries]
+        found = [*found, *compared]
+    return Scores(entry, found)
 
 
-def _accuracy(head: dict[str, Any], predictions: Tensor, cohort: Cohort) -> tuple[dict[str, Any], PerImage]:
-    from torchmetrics.classification import MulticlassAccuracy  # imports transformers: seconds, unless it is needed
-
-    positions = cohort.labelled.test
-    targets = torch.from_numpy(cohort.targets[positions])
-    correct = (predictions == targets).numpy()
-    metric = MulticlassAccuracy(num_classes=len(cohort.class_names), average="micro")
-    scopes: dict[str, Any] = {}
-    for scope, mask in cohort.scopes(positions):
-        at = torch.from_numpy(mask)
-        top1 = float(metric(predictions[at], targets[at]))
-        interval = wilson(correct[mask], cohort.groups[positions][mask])
-        scopes[scope] = {"top1": top1, "low": interval.low, "high": interval.high, "n": interval.n}
-    overall = scopes.pop(OVERALL)
-    values = PerImage(positions, correct.astype(np.float64))
-    return {**head, OVERALL: overall, "domains": scopes}, values
-
-
-def _fidelity(
-    features: Features, cohort: Cohort, name: str, teacher: Features, grid: Grid
-) -> tuple[dict[str, Any], PerImage]:
-    result = cosine_centred(features.tokens[grid], teacher.tokens[grid], cohort.domains, cohort.split)
-    measured = ~np.isnan(result.per_image)
-    positions, values = cohort.split.test[measured], result.per_image[measured]
-    scopes: dict[str, Any] = {}
-    for scope, mask in cohort.scopes(positions):
-        at = torch.from_numpy(positions[mask])
-        groups = cohort.groups[positions][mask]
-        interval = bootstrap_mean(values[mask], groups, seed=cohort.seed)
-        found = debiased_cka(features.pooled[at], teacher.pooled[at], groups)
-        cka = {"value": None, "low": None, "high": None} if found is None else asdict(found)
-        scopes[scope] = {"cosine_centred": asdict(interval), "cka": {**cka, "n": interval.n}}
-    overall = scopes.pop(OVERALL)
-    entry = {
-        "teacher": name,
-        "grid": list(grid),
-        "tokens_per_image": features.tokens[grid].shape[1],
-        "ridge_strength": result.strength,
-        "cka_estimator": "debiased",
-        OVERALL: overall,
-        "domains": scopes,
+def _accuracy_block(
+    metric: str, chosen: Mapping[str, dict[str, Any]], entries: Sequence[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return the key "linear" or "knn" of an encoder, as the first format has it."""
+    scopes = {
+        entry["scope"]: {"top1": entry["value"], "low": entry["low"], "high": entry["high"], "n": entry["n"]}
+        for entry in entries
+        if entry["metric"] == metric and entry["at"] is None
     }
-    return entry, PerImage(positions, values, grid)
+    if not scopes:
+        return None
+    return {**chosen[metric], OVERALL: scopes.pop(OVERALL), "domains": scopes}
 
 
-def compare(scores: Mapping[str, Scores], pairs: Sequence[tuple[str, str]], cohort: Cohort) -> list[dict[str, Any]]:
-    """Return the paired differences `a - b` of every metric and scope that both encoders have.
+def compare(scores: Mapping[str, Scores], pairs: Sequence[tuple[str, str]], seed: int) -> list[dict[str, Any]]:
+    """Return the paired differences `a - b` of every figure that both encoders have on the same images.
 
     Args:
         scores: by encoder name.
         pairs: names (a, b).
-        cohort: the images.
+        seed: of the resampling.
     """
     found: list[dict[str, Any]] = []
     for a, b in pairs:
-        for metric, mine in scores[a].per_image.items():
-            other = scores[b].per_image.get(metric)
-            if other is None or other.grid != mine.grid:
-                continue
-            groups = cohort.groups[mine.positions]
-            for scope, mask in cohort.scopes(mine.positions):
-                interval, verdict = paired_difference(
-                    mine.values[mask], other.values[mask], groups[mask], seed=cohort.seed
-                )
-                found.append(_paired_entry(metric, scope, (a, b), interval, verdict))
+        others = {(score.metric, score.at): score for score in scores[b].rungs}
+        for score in scores[a].rungs:
+            other = others.get((score.metric, score.at))
+            if other is not None:
+                found += paired_entries(score, other, (a, b), seed=seed)
     return found
 
 
-def _paired_entry(metric: str, scope: str, pair: tuple[str, str], interval: Interval, verdict: str) -> dict[str, Any]:
-    return {
-        "metric": metric,
-        "scope": scope,
-        "a": pair[0],
-        "b": pair[1],
-        "difference": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-        "verdict": verdict,
-    }
+def metrics_of(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
+    """Return the key "metrics" of probe.json: how each metric is named, written and judged."""
+    found: dict[str, dict[str, Any]] = {}
+    for encoder in scores.values():
+        for score in encoder.rungs:
+            about = {"title": score.title, "kind": score.kind, "lower_is_better": score.kind in LOWER_IS_BETTER}
+            found.setdefault(score.metric, about)
+        if any(entry["metric"] == "cka" for entry in encoder.entry["scores"]):
+            found.setdefault("cka", {"title": CKA_TITLE, "kind": "cosine", "lower_is_better": False})
+    return found

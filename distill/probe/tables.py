@@ -1,17 +1,19 @@
-"""The probe's figures as terminal tables: one for each metric, encoders down, domains across."""
+"""The probe's figures as terminal tables: one for each metric, encoders down, domains or points of a curve across."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from distill.probe.scores import OVERALL
+from distill.probe.score_intervals import OVERALL
 
-_Cell = Callable[[dict[str, Any] | None], str]
+_PER_CENT = ("accuracy", "error_rate", "iou")
+
+_Key = tuple[str, str]
 
 
 def print_tables(result: dict[str, Any], console: Console) -> None:
@@ -22,26 +24,66 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
         console: where to print.
     """
     domains: list[str] = result["data"]["domains"]
-    metrics: tuple[tuple[str, str, _Cell], ...] = (
-        ("linear", "Linear probe, top-1 accuracy in %", _accuracy_cell),
-        ("knn", "kNN, top-1 accuracy in %", _accuracy_cell),
-        (
-            "fidelity",
-            "Fidelity of patch tokens to the teacher, centred cosine (mean teacher feature = 0)",
-            _cosine_cell,
-        ),
-        ("fidelity", "Fidelity of pooled features to the teacher, debiased linear CKA", _cka_cell),
-    )
-    for key, title, cell in metrics:
-        rows = [encoder for encoder in result["encoders"] if encoder[key] is not None]
-        if rows:
-            table = _table(f"{title}  [95 % interval]", ["encoder", OVERALL, *map(escape, domains)])
-            for encoder in rows:
-                scores = encoder[key]
-                cells = [cell(scores["domains"].get(domain)) for domain in domains]
-                table.add_row(escape(encoder["name"]), cell(scores[OVERALL]), *cells)
-            console.print(table)
-    _print_paired(result["paired"], domains, console)
+    for metric, about in result["metrics"].items():
+        _print_figures(result["encoders"], metric, about, domains, console)
+        _print_curves(result["encoders"], metric, about, console)
+    _print_ceiling(result.get("fidelity_ceiling"), console)
+    _print_paired(result["paired"], result["metrics"], domains, console)
+
+
+def _title(about: dict[str, Any]) -> str:
+    unit = " in %" if about["kind"] in _PER_CENT else ""
+    better = ", lower is better" if about["lower_is_better"] else ""
+    return escape(f"{about['title']}{unit}{better}  [95 % interval]")
+
+
+def _print_figures(
+    encoders: Sequence[dict[str, Any]], metric: str, about: dict[str, Any], domains: list[str], console: Console
+) -> None:
+    cells: dict[_Key, str] = {}
+    for encoder in encoders:
+        for entry in encoder["scores"]:
+            if entry["metric"] == metric and entry["at"] is None:
+                cells[encoder["name"], entry["scope"]] = _cell(entry, about["kind"])
+    if not cells:
+        return
+    # Drawn data has parts of its own instead of the probe set's domains.
+    met = list(dict.fromkeys(scope for _, scope in cells))
+    scopes = [scope for scope in (OVERALL, *domains) if scope in met]
+    scopes += [scope for scope in met if scope not in scopes]
+    table = _table(_title(about), ["encoder", *map(escape, scopes)])
+    for encoder in encoders:
+        name = encoder["name"]
+        if any(of == name for of, _ in cells):
+            table.add_row(escape(name), *(cells.get((name, scope), "-") for scope in scopes))
+    console.print(table)
+
+
+def _print_curves(encoders: Sequence[dict[str, Any]], metric: str, about: dict[str, Any], console: Console) -> None:
+    points: dict[str, dict[str, dict[float, str]]] = {}
+    for encoder in encoders:
+        for entry in encoder["scores"]:
+            if entry["metric"] == metric and entry["at"] is not None and entry["scope"] == OVERALL:
+                axis, x = entry["at"]
+                points.setdefault(axis, {}).setdefault(encoder["name"], {})[x] = _cell(entry, about["kind"])
+    for axis, by_encoder in points.items():
+        xs = sorted({x for cells in by_encoder.values() for x in cells})
+        table = _table(f"{_title(about)}  by {axis}", ["encoder", *(f"{x:g}" for x in xs)])
+        for name, cells in by_encoder.items():
+            table.add_row(escape(name), *(cells.get(x, "-") for x in xs))
+        console.print(table)
+
+
+def _print_ceiling(ceiling: dict[str, Any] | None, console: Console) -> None:
+    if ceiling is None:
+        return
+    figures = [
+        f"{entry['metric']} {entry['value']:.3f}"
+        for entry in ceiling["scores"]
+        if entry["scope"] == OVERALL and entry["at"] is None
+    ]
+    of = f"{ceiling['teacher']} against itself under {ceiling['augmentation']}"
+    console.print(f"Ceiling of fidelity, {of}: {', '.join(figures)}", markup=False)
 
 
 def _table(title: str, columns: list[str]) -> Table:
@@ -51,31 +93,22 @@ def _table(title: str, columns: list[str]) -> Table:
     return table
 
 
-def _accuracy_cell(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    return f"{100 * score['top1']:.1f} \\[{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+def _cell(entry: dict[str, Any], kind: str) -> str:
+    scale, digits = (100, 1) if kind in _PER_CENT else (1, 3)
+    value = f"{scale * entry['value']:.{digits}f}"
+    if entry["low"] is None or entry["high"] is None:
+        return value
+    return f"{value} \\[{scale * entry['low']:.{digits}f}, {scale * entry['high']:.{digits}f}]"
 
 
-def _cosine_cell(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    cosine = score["cosine_centred"]
-    return f"{cosine['mean']:.3f} \\[{cosine['low']:.3f}, {cosine['high']:.3f}]"
-
-
-def _cka_cell(score: dict[str, Any] | None) -> str:
-    if score is None or score["cka"]["value"] is None:
-        return "-"
-    cka = score["cka"]
-    interval = "" if cka["low"] is None else f" \\[{cka['low']:.3f}, {cka['high']:.3f}]"
-    return f"{cka['value']:.3f}{interval}"
-
-
-def _print_paired(paired: list[dict[str, Any]], domains: list[str], console: Console) -> None:
+def _print_paired(
+    paired: Sequence[dict[str, Any]], metrics: dict[str, dict[str, Any]], domains: list[str], console: Console
+) -> None:
     rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for entry in paired:
-        scale, digits = (1, 3) if entry["metric"] == "cosine_centred" else (100, 1)
+        if entry["at"] is not None:
+            continue  # a curve's points have the same verdicts in probe.json; here they would bury the rest
+        scale, digits = (100, 1) if metrics[entry["metric"]]["kind"] in _PER_CENT else (1, 3)
         text = f"{scale * entry['difference']:+.{digits}f} {entry['verdict'].replace('not distinguishable', 'n. d.')}"
         rows.setdefault((entry["a"], entry["b"], entry["metric"]), {})[entry["scope"]] = text
     if not rows:

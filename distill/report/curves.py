@@ -1,80 +1,16 @@
-"""Which charts a run's log and scores make: plain descriptions, drawn elsewhere."""
+"""Which charts a run's log makes: plain descriptions, drawn elsewhere."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
+from distill.report.charts import CurveChart, Line, file_key
 from distill.report.metrics_csv import DomainCurves, Series, split_validation
-from distill.report.probe_json import OVERALL, ProbeResults, Score
-
-LineStyle = Literal["main", "thin", "dashed"]
 
 SMOOTH_FROM_POINTS = 40
 SMOOTHING_SHARE = 0.05
 """A curve of many points is drawn faintly under its moving average over this share of them."""
-
-SCORE_TITLES = {
-    "linear_top1": "Linear probe, top-1 (%)",
-    "knn_top1": "kNN, top-1 (%)",
-    "cosine_centred": "Fidelity, centred cosine",
-}
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve; `colour` is a position in the palette."""
-
-    label: str
-    series: Series
-    style: LineStyle = "main"
-    colour: int = 0
-
-
-@dataclass(frozen=True)
-class CurveChart:
-    """Curves over training steps.
-
-    Attributes:
-        key: file name of the static image, without suffix.
-        title: what it shows.
-        lines: drawn in this order.
-        marks_ends: whether the first and last value of each main line are written beside it.
-        y_range: the vertical axis, the same for charts that are to be compared; None fits the lines.
-    """
-
-    key: str
-    title: str
-    lines: tuple[Line, ...]
-    marks_ends: bool = False
-    y_range: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class IntervalChart:
-    """Figures with intervals, one row for each scope and one mark for each encoder.
-
-    Attributes:
-        key: file name of the static image, without suffix.
-        title: what it shows.
-        scopes: rows, from top to bottom.
-        encoders: (name, role, scores by scope); values as they are drawn, accuracies in per cent.
-    """
-
-    key: str
-    title: str
-    scopes: tuple[str, ...]
-    encoders: tuple[tuple[str, str, dict[str, Score]], ...]
-
-
-Chart = CurveChart | IntervalChart
-
-
-def file_key(text: str) -> str:
-    """Return text as part of a file name: ASCII letters, digits and dashes."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()[:80] or "unnamed"
 
 
 def smooth(series: Series) -> Series:
@@ -198,16 +134,27 @@ def _share_range(charts: Sequence[CurveChart]) -> list[CurveChart]:
 
 
 def _layer_charts(domains: Sequence[DomainCurves], pair: str) -> list[CurveChart]:
+    """One chart of the layers for the mean over domains, then one for each domain; none for a single layer."""
     layers = sorted({layer for entry in domains for layer in entry.layers.get("cosine", {})})
     if len(layers) < 2:
         return []
+    suffix = f" ({pair})" if pair else ""
+    charts = [_layers_of(domains, layers, f"By layer, mean over domains{suffix}", f"cosine {pair} by layer")]
+    if len(domains) > 1:
+        charts += [
+            _layers_of([entry], layers, f"By layer, {entry.domain}{suffix}", f"cosine {pair} by layer {entry.domain}")
+            for entry in domains
+        ]
+    return _share_range(charts)
+
+
+def _layers_of(domains: Sequence[DomainCurves], layers: Sequence[int], title: str, key: str) -> CurveChart:
     lines: list[Line] = []
     for i, layer in enumerate(layers):
         series = _mean([entry.layers["cosine"][layer] for entry in domains if layer in entry.layers.get("cosine", {})])
         if series is not None:
             lines.append(Line(f"layer {layer}", series, colour=i))
-    title = "By layer, mean over domains" + (f" ({pair})" if pair else "")
-    return [CurveChart(file_key(f"cosine {pair} by layer"), title, tuple(lines))]
+    return CurveChart(file_key(key), title, tuple(lines))
 
 
 def _skill_charts(domains: Sequence[DomainCurves], pair: str) -> list[CurveChart]:
@@ -228,27 +175,3 @@ def _mean(series: Sequence[Series]) -> Series | None:
         return None
     tables = [dict(zip(entry.steps, entry.values, strict=True)) for entry in series]
     return Series(tuple(shared), tuple(sum(table[step] for table in tables) / len(tables) for step in shared))
-
-
-def score_charts(results: ProbeResults) -> list[IntervalChart]:
-    """Return one chart for each metric that comes with intervals."""
-    charts: list[IntervalChart] = []
-    for metric, title in SCORE_TITLES.items():
-        factor = 100.0 if title.endswith("(%)") else 1.0
-        encoders = tuple(
-            (encoder.name, encoder.role, {scope: _scaled(score, factor) for scope, score in scores.items()})
-            for encoder in results.encoders
-            if (scores := encoder.scores[metric])
-        )
-        scopes = tuple(
-            scope for scope in (OVERALL, *results.domains) if any(scope in scores for _, _, scores in encoders)
-        )
-        if scopes:
-            charts.append(IntervalChart(file_key(f"probe {metric}"), title, scopes, encoders))
-    return charts
-
-
-def _scaled(score: Score, factor: float) -> Score:
-    low = None if score.low is None else score.low * factor
-    high = None if score.high is None else score.high * factor
-    return Score(score.value * factor, low, high, score.n)

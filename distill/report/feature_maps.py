@@ -1,192 +1,176 @@
-"""The map section of the page: which images are shown, their features, and the thumbnails."""
+"""What each encoder makes of the page's images: maps in a shared basis, similarity maps, and nearest neighbours."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.checkpoint import RunDir, load_student, load_teacher
-from distill.data.fetch import RowDataset
-from distill.data.index import DatasetIndex
-from distill.encoder import Encoder
-from distill.errors import ConfigError, DataError
-from distill.report.pca import shared_maps
-
-THUMBNAIL_PX = 224
-PHOTO_QUALITY = 82
-FIT_IMAGES_PER_DOMAIN = 12
-"""Images of each domain, beside those shown, on which the linear maps are fitted."""
-
-_BATCH_SIZE = 4
-_SEED = 0
-_MAX_BAD_PER_DOMAIN = 16
-
-
-@dataclass(frozen=True)
-class ChosenImages:
-    """Images for the maps, the shown ones first.
-
-    Attributes:
-        images: `[N, 3, S, S]`, uint8.
-        captions: (domain, class name or "") of each shown image.
-    """
-
-    images: Tensor
-    captions: tuple[tuple[str, str], ...]
+from distill.report.gallery import ChosenImages, Viewer, last_patches
+from distill.report.neighbours import Neighbours, nearest, pooled_tokens
+from distill.report.pca import FeatureMaps, fit_basis, mapped_map, own_map
+from distill.report.similarity import (
+    PatchFeatures,
+    affordable_components,
+    colours_of,
+    page_data,
+    patch_at,
+    patch_features,
+    salient_patch,
+)
+from distill.report.thumbnails import PHOTO_QUALITY, THUMBNAIL_PX, SmallPictures, enlarged, photo_of, webp_uri
 
 
 @dataclass(frozen=True)
 class MapCell:
-    """One picture of the grid: heading, WebP as a data URI, pixels, and the agreement with the teacher."""
+    """One picture of the grid: heading, WebP as a data URI, pixels, and the agreement with the teacher.
+
+    `mark` is the patch that a similarity map belongs to: left, top, width and height in per cent of the picture.
+    """
 
     heading: str
     uri: str
     pixels: NDArray[np.uint8]
     agreement: float | None = None
+    mark: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True)
 class MapRow:
-    """An image and its feature maps."""
+    """An image and its maps."""
 
     domain: str
     label: str
     cells: tuple[MapCell, ...]
 
 
-def choose_images(index: DatasetIndex, dataset: RowDataset, per_domain: int) -> ChosenImages:
-    """Choose images of each domain by a fixed seed, some to show and some to fit on.
+@dataclass(frozen=True)
+class EncoderView:
+    """What is kept of an encoder's tokens once it has left the memory."""
 
-    Shown images come from different groups where there are enough, and none of the images to fit on shares a group
-    with a shown one. Images that cannot be decoded are passed over.
+    heading: str
+    role: str
+    maps: FeatureMaps
+    patches: PatchFeatures
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class ImageSection:
+    """The page's sections about images.
+
+    Attributes:
+        map_rows: each shown image with the maps in the teacher's basis.
+        similarity_rows: each shown image with the similarity maps of the patch that stands out most in it.
+        similarity_data: what the page's script computes other patches' maps from.
+        kept: smallest share of the variance that the page's tokens hold, over the encoders.
+        neighbours: each shown image's neighbours by every encoder.
+        num_candidates: images among which neighbours were sought.
+        headings: of the encoders, the teacher first.
+        css: style rules of the small pictures.
+    """
+
+    map_rows: list[MapRow]
+    similarity_rows: list[MapRow]
+    similarity_data: dict[str, Any]
+    kept: float
+    neighbours: list[Neighbours]
+    num_candidates: int
+    headings: tuple[str, ...]
+    css: str
+
+
+def image_section(
+    encoders: Sequence[Viewer], chosen: ChosenImages, device: str, notice: Callable[[str], object]
+) -> ImageSection:
+    """Look at the images with every encoder, one in memory at a time, the first teacher's tokens kept.
 
     Args:
-        index: the data.
-        dataset: gives the images.
-        per_domain: images of each domain to show.
-
-    Raises:
-        DataError: no image can be decoded, or many of one domain cannot.
-    """
-    shown: list[Tensor] = []
-    fit: list[Tensor] = []
-    captions: list[tuple[str, str]] = []
-    group_of = index.groups
-    for number, domain in enumerate(index.domains):
-        order = np.random.default_rng([_SEED, number]).permutation(index.rows_of(domain)).tolist()
-        taken: set[int] = set()
-        groups: set[str] = set()
-        # Both filters are read as rows are pulled, so they know the groups taken by then.
-        fresh = (row for row in order if group_of[row] not in groups)
-        for row, image in islice(_decodable(fresh, dataset, domain), per_domain):
-            taken.add(row)
-            groups.update({group_of[row]} - {""})
-            shown.append(image)
-            label = int(index.labels[row])
-            captions.append((domain, index.label_names[label] if label >= 0 else ""))
-        rest = (row for row in order if row not in taken and group_of[row] not in groups)
-        fit += [image for _, image in islice(_decodable(rest, dataset, domain), FIT_IMAGES_PER_DOMAIN)]
-    if not shown:
-        raise DataError("No image could be shown: the data has no domain with an image in it.")
-    return ChosenImages(torch.stack([*shown, *fit]), tuple(captions))
-
-
-def _decodable(rows: Iterable[int], dataset: RowDataset, domain: str) -> Iterator[tuple[int, Tensor]]:
-    bad = 0
-    for row in rows:
-        try:
-            yield row, cast(Tensor, dataset[row]["image"])
-        except DataError as error:
-            bad += 1
-            if bad > _MAX_BAD_PER_DOMAIN:
-                raise DataError(
-                    f"{bad} images of the domain {domain!r} cannot be decoded; the last: {error}"
-                ) from error
-
-
-@torch.no_grad()
-def last_patches(encoder: nn.Module, images: Tensor, device: str) -> Tensor:
-    """Return the patch tokens of an encoder's last hidden state, `[N, H, W, D]`, float32, on the CPU.
-
-    Raises:
-        ConfigError: the encoder refuses images of that size.
-    """
-    contract = cast(Encoder, encoder.to(device).eval())
-    parts: list[Tensor] = []
-    for batch in images.split(_BATCH_SIZE):
-        try:
-            parts.append(contract.forward_hidden_states(batch.to(device), 1)[-1][1].float().cpu())
-        except ValueError as error:
-            raise ConfigError(f"The encoder refuses images of {images.shape[-1]} px: {error}") from error
-    encoder.to("cpu")
-    return torch.cat(parts)
-
-
-def map_rows(run: Path, chosen: ChosenImages, device: str) -> list[MapRow]:
-    """Return the shown images with the maps of the run's first teacher and of each student, before and after.
-
-    One encoder is in memory at a time.
-
-    Args:
-        run: the run directory.
+        encoders: from `viewers`; the first one gives the basis.
         chosen: from `choose_images`.
         device: where encoders run.
+        notice: called with the name of each encoder as it begins.
 
     Raises:
         ConfigError: an encoder cannot be built or refuses the images.
         WeightsError: weights are missing or damaged.
     """
-    directory = RunDir(run)
-    teacher_name = directory.teacher_names[0]
-    headings = [f"teacher {teacher_name}"]
-    teacher = last_patches(load_teacher(run, name=teacher_name)[1], chosen.images, device)
-    others: list[Tensor] = []
-    names = directory.student_names
-    for name in names:
-        for which, heading in (("initial", "initial student"), ("last", "distilled student")):
-            module = load_student(run, name=name, which="initial" if which == "initial" else "last")[1]
-            others.append(last_patches(module, chosen.images, device))
-            headings.append(heading if len(names) == 1 else f"{name}, {heading.split()[0]}")
-    maps = shared_maps(teacher, others, range(len(chosen.captions)))
+    shown = range(chosen.num_shown)
+    components = affordable_components(len(encoders), chosen.num_shown)
+    notice(encoders[0].heading)
+    teacher = last_patches(encoders[0].load(), chosen.images, device)
+    basis = fit_basis(teacher)
+    views: list[EncoderView] = []
+    for encoder in encoders:
+        if encoder is encoders[0]:
+            tokens, maps = teacher, own_map(basis, teacher, shown)
+        else:
+            notice(encoder.heading)
+            tokens = last_patches(encoder.load(), chosen.images, device)
+            maps = mapped_map(basis, tokens, teacher, shown)
+        reduced = patch_features(tokens, chosen.num_shown, components)
+        views.append(EncoderView(encoder.heading, encoder.role, maps, reduced, pooled_tokens(tokens)))
+    pictures = SmallPictures()
+    return ImageSection(
+        _map_rows(views, chosen),
+        _similarity_rows(views, chosen),
+        page_data([view.patches for view in views]),
+        min(view.patches.kept for view in views),
+        nearest([(view.heading, view.pooled) for view in views], chosen, pictures),
+        len(chosen.images) - 1,
+        tuple(view.heading for view in views),
+        pictures.css(),
+    )
+
+
+def _map_rows(views: Sequence[EncoderView], chosen: ChosenImages) -> list[MapRow]:
     rows: list[MapRow] = []
-    for i, (domain, label) in enumerate(chosen.captions):
+    for i in range(chosen.num_shown):
         cells = [_photo_cell(chosen.images[i])]
-        for heading, entry in zip(headings, maps, strict=True):
-            agreement = None if entry is maps[0] else entry.agreement[i]
-            cells.append(_map_cell(heading, entry.colours[i], agreement))
-        rows.append(MapRow(domain, label, tuple(cells)))
+        for view in views:
+            agreement = None if view is views[0] else view.maps.agreement[i]
+            pixels = (view.maps.colours[i] * 255).round().to(torch.uint8).numpy()
+            cells.append(_map_cell(view.heading, pixels, agreement))
+        rows.append(MapRow(*chosen.captions[i], tuple(cells)))
     return rows
 
 
-def _photo_cell(image: Tensor) -> MapCell:
-    photo = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    photo = photo.resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
-    return MapCell("image", webp_uri(photo, PHOTO_QUALITY), np.asarray(photo))
+def _similarity_rows(views: Sequence[EncoderView], chosen: ChosenImages) -> list[MapRow]:
+    rows: list[MapRow] = []
+    for i in range(chosen.num_shown):
+        place = salient_patch(views[0].patches, i)
+        cells = [_photo_cell(chosen.images[i], _mark(views[0].patches, place))]
+        for view in views:
+            row, column = patch_at(view.patches, place)
+            pixels = colours_of(view.patches.similarity(i, row, column))
+            cells.append(_map_cell(view.heading, pixels, mark=_mark(view.patches, place)))
+        rows.append(MapRow(*chosen.captions[i], tuple(cells)))
+    return rows
 
 
-def _map_cell(heading: str, colours: Tensor, agreement: float | None) -> MapCell:
-    pixels = (colours * 255).round().to(torch.uint8).numpy()
-    # Nearest: each square is one patch token, nothing between tokens is made up.
-    enlarged = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.NEAREST)
-    return MapCell(heading, webp_uri(enlarged, None), np.asarray(enlarged), agreement)
+def _mark(features: PatchFeatures, place: tuple[float, float]) -> tuple[float, float, float, float]:
+    row, column = patch_at(features, place)
+    rows, columns = features.grid
+    return 100 * column / columns, 100 * row / rows, 100 / columns, 100 / rows
 
 
-def webp_uri(image: Image.Image, quality: int | None) -> str:
-    """Return an image as a data URI, WebP of the given quality, or lossless for None."""
-    buffer = io.BytesIO()
-    if quality is None:
-        image.save(buffer, format="WEBP", lossless=True, method=4)
-    else:
-        image.save(buffer, format="WEBP", quality=quality, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+def _photo_cell(image: Tensor, mark: tuple[float, float, float, float] | None = None) -> MapCell:
+    photo = photo_of(image, THUMBNAIL_PX)
+    return MapCell("image", webp_uri(photo, PHOTO_QUALITY), np.asarray(photo), mark=mark)
+
+
+def _map_cell(
+    heading: str,
+    pixels: NDArray[np.uint8],
+    agreement: float | None = None,
+    mark: tuple[float, float, float, float] | None = None,
+) -> MapCell:
+    # The page enlarges the tokens itself, so they travel as single pixels.
+    uri = webp_uri(enlarged(pixels, max(pixels.shape[:2])), None) if pixels.shape[0] == pixels.shape[1] else ""
+    picture = enlarged(pixels)
+    return MapCell(heading, uri or webp_uri(picture, None), np.asarray(picture), agreement, mark)

@@ -152,18 +152,37 @@ def shared_maps(teacher: Tensor, others: Sequence[Tensor], shown: Sequence[int])
         ValueError: an encoder's number of images differs from the teacher's.
     """
     basis = fit_basis(teacher)
+    maps = [own_map(basis, teacher, shown)]
+    return maps + [mapped_map(basis, source, teacher, shown) for source in others]
+
+
+def own_map(basis: SharedBasis, teacher: Tensor, shown: Sequence[int]) -> FeatureMaps:
+    """Return the teacher's maps in its own basis."""
+    at = torch.tensor(list(shown), dtype=torch.long)
+    return FeatureMaps(basis.colours(teacher[at]), (1.0,) * len(at))
+
+
+def mapped_map(basis: SharedBasis, source: Tensor, teacher: Tensor, shown: Sequence[int]) -> FeatureMaps:
+    """Return an encoder's maps in the teacher's basis, after a linear map that was fitted on the images not shown.
+
+    Args:
+        basis: from the teacher's tokens.
+        source: `[N, h, w, D]`.
+        teacher: `[N, H, W, E]`, of the same images.
+        shown: positions of the images to show. The fit uses the others; where there are none, it uses these.
+
+    Raises:
+        ValueError: the numbers of images differ.
+    """
+    if len(source) != len(teacher):
+        raise ValueError(f"{len(source)} and {len(teacher)} images: maps compare features of the same images")
     at = torch.tensor(list(shown), dtype=torch.long)
     rest = torch.ones(len(teacher), dtype=torch.bool)
     rest[at] = False
     if not rest.any():
         rest[at] = True
-    maps = [FeatureMaps(basis.colours(teacher[at]), (1.0,) * len(at))]
-    for source in others:
-        if len(source) != len(teacher):
-            raise ValueError(f"{len(source)} and {len(teacher)} images: maps compare features of the same images")
-        mapped = fit_map(source[rest], teacher[rest])(source[at])
-        maps.append(FeatureMaps(basis.colours(mapped), _agreement(mapped, teacher[at], basis.mean)))
-    return maps
+    mapped = fit_map(source[rest], teacher[rest])(source[at])
+    return FeatureMaps(basis.colours(mapped), _agreement(mapped, teacher[at], basis.mean))
 
 
 def _agreement(mapped: Tensor, teacher: Tensor, mean: Tensor) -> tuple[float, ...]:

@@ -6,9 +6,11 @@ import csv
 import json
 import platform
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, cast
 
 import torch
@@ -19,7 +21,8 @@ from distill.checkpoint import RunDir, build_encoder
 from distill.errors import DistillError
 from distill.export.provenance import Source, read_provenance
 from distill.export.targets import find_target
-from distill.report.number_text import size_text
+from distill.probe.number_text import size_text
+from distill.report.metrics_csv import Series
 
 PACKAGES = (
     "torch",
@@ -177,3 +180,15 @@ def next_commands(run: Path, data: str | None, *, has_probe: bool, has_exports: 
     missing = [command for command, present in ((probe, has_probe), (export, has_exports)) if not present]
     done = [command for command, present in ((probe, has_probe), (export, has_exports)) if present]
     return [*missing, *([again] if missing else []), longer, *done]
+
+
+def training_facts(metrics: Mapping[str, Series]) -> list[str]:
+    """Return short facts about training: the last logged step and the median throughput."""
+    facts: list[str] = []
+    steps = [series.steps[-1] for name, series in metrics.items() if not name.startswith("val/")]
+    if steps:
+        facts.append(f"last logged step {max(steps):,.0f}")
+    rate = metrics.get("throughput/images_per_s")
+    if rate is not None:
+        facts.append(f"median {median(rate.values):,.1f} images/s")
+    return facts

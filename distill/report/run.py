@@ -1,11 +1,9 @@
-"""The verb `distill report`: everything a run directory knows, on one page."""
+"""The verb `distill report`: everything that run directories know, on one page."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,11 +14,13 @@ from distill.data.fetch import RowDataset
 from distill.data.index import build_index
 from distill.errors import ConfigError, DataError, DistillError
 from distill.probe.features import choose_device
-from distill.report.curves import Chart, score_charts, training_charts, validation_charts
-from distill.report.feature_maps import MapRow, choose_images, map_rows
-from distill.report.html import Page, render, training_facts
+from distill.report.books import cost_facts, read_ledger
+from distill.report.curves import training_charts, validation_charts
+from distill.report.feature_maps import ImageSection, image_section
+from distill.report.gallery import choose_images, viewers
+from distill.report.html import Page, RunFacts, render
 from distill.report.metrics_csv import Series, read_metrics
-from distill.report.probe_json import ProbeResults, read_probe
+from distill.report.page_files import FigureFiles, target_of, write_page
 from distill.report.recipe import (
     next_commands,
     read_exports,
@@ -28,41 +28,62 @@ from distill.report.recipe import (
     read_sources,
     read_versions,
     recipe_yaml,
+    training_facts,
 )
-from distill.report.verdict import judge
+from distill.report.scores import add_scores
+from distill.report.several import overlay
 
 DEFAULT_IMG_SIZE_PX = 448
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 def report(
-    run: Path,
+    runs: list[Path],
     out: Path | None = None,
     data: str | None = None,
     images_per_domain: int = 2,
+    price_per_hour: float | None = None,
     device: Device = "auto",
 ) -> Path:
-    """Write one HTML page about a run, readable without network, and each of its figures as PNG.
+    """Write one HTML page about runs, readable without network, and each of its figures as PNG.
 
     A section whose input is missing is replaced by a sentence that says so.
 
     Args:
-        run: the run directory that `distill fit` wrote.
-        out: the page to write; report.html in the run directory when left out. Figures go to the folder figures
-            beside it.
-        data: shards with the images for the feature maps; data.val of the run's recipe when left out.
+        runs: one or more run directories that `distill fit` wrote, apart by spaces.
+        out: the page to write. When left out, report.html in the run directory; for several runs, in the current
+            folder. Figures go to the folder figures beside it.
+        data: shards with the images that encoders are shown on; data.val of the first run's recipe when left out.
         images_per_domain: images of each domain in the feature maps; 0 leaves the maps out, and then no encoder is
             loaded.
+        price_per_hour: price of a run's machines together for an hour, in any currency; gives the cost of training.
         device: where encoders run for the maps; auto takes a GPU when there is one.
 
     Returns:
         The page that was written.
 
     Raises:
-        ConfigError: `run` is no run directory, an option cannot be used, matplotlib is not installed, or the page
-            cannot be written.
+        ConfigError: one of `runs` is no run directory or given twice, an option cannot be used, matplotlib is not
+            installed, or the page cannot be written.
         DataError: `data` was given and cannot be used.
     """
+    _check(images_per_domain, price_per_hour)
+    directories = {name: RunDir(path) for name, path in _names(runs).items()}
+    target = target_of(runs, out)
+    console = Console()
+    figures = FigureFiles()
+    page = Page([RunFacts(name, read_parts(run)) for name, run in directories.items()])
+    add_scores(page, directories, figures, data)
+    _add_curves(page, directories, figures, price_per_hour)
+    _add_images(page, list(directories.values()), data, images_per_domain, choose_device(device), figures, console)
+    for facts, run in zip(page.runs, directories.values(), strict=True):
+        _add_recipe(facts, run, data)
+    page.versions = read_versions()
+    write_page(target, render(page), figures)
+    return target
+
+
+def _check(images_per_domain: int, price_per_hour: float | None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(
             "The report draws with matplotlib, which is not installed. Run: pip install 'encoder-distill[report]'"
@@ -71,98 +92,88 @@ def report(
         raise ConfigError(
             f"--images_per_domain {images_per_domain} is negative; give 0 to leave the maps out, or more."
         )
-    directory = RunDir(run)
-    target = _target(directory.path, out)
-    console = Console()
-    figures: dict[str, bytes] = {}
-    page = Page(directory.path.resolve().name, read_parts(directory))
-    _add_probe(page, directory.path / "probe.json", figures)
-    _add_curves(page, directory.metrics_files, figures)
-    with console.status("feature maps: teacher and students on images of each domain"):
-        _add_maps(page, directory, data, images_per_domain, choose_device(device), figures)
-    _add_recipe(page, directory, data)
-    _write(target, render(page), figures)
-    return target
+    if price_per_hour is not None and price_per_hour < 0:
+        raise ConfigError(f"--price_per_hour {price_per_hour} is negative; give a price of 0 or more.")
 
 
-def _target(run: Path, out: Path | None) -> Path:
-    target = run / "report.html" if out is None else out / "report.html" if out.is_dir() else out
-    if not target.parent.is_dir():
-        raise ConfigError(f"--out {target}: the folder {target.parent} does not exist. Make it, or name another file.")
-    return target
+def _names(runs: list[Path]) -> dict[str, Path]:
+    """Names of the runs: their folders', with a number where they repeat."""
+    if not runs:
+        raise ConfigError("There is no run to report on. Give one or more run directories.")
+    names: dict[str, Path] = {}
+    for path in runs:
+        if any(path.resolve() == other.resolve() for other in names.values()):
+            raise ConfigError(f"{path} is given twice. Name each run once.")
+        name = path.resolve().name
+        number = 2
+        while name in names:
+            name, number = f"{path.resolve().name} ({number})", number + 1
+        names[name] = path
+    return names
 
 
-def _draw(charts: Sequence[Chart], figures: dict[str, bytes]) -> list[str]:
-    """Return the charts as SVG and add their PNG to `figures`, under file names that differ."""
-    # matplotlib belongs to an optional extra: this module must import without it, to say so.
-    from distill.report.figures import chart_png, chart_svg
-
-    for chart in charts:
-        name, number = chart.key, 2
-        while f"{name}.png" in figures:
-            name, number = f"{chart.key}-{number}", number + 1
-        figures[f"{name}.png"] = chart_png(chart)
-    return [chart_svg(chart) for chart in charts]
-
-
-def _add_probe(page: Page, file: Path, figures: dict[str, bytes]) -> None:
-    if not file.is_file():
-        page.probe_absent = "There are no scores yet: the run has no probe.json. `distill probe` writes it."
-        return
-    try:
-        results: ProbeResults = read_probe(file)
-    except DistillError as error:
-        page.probe_absent = f"The scores could not be read. {error}"
-        return
-    page.probe = results
-    page.verdicts = judge(results)
-    page.score_svgs = _draw(score_charts(results), figures)
-
-
-def _add_curves(page: Page, files: list[Path], figures: dict[str, bytes]) -> None:
-    metrics: dict[str, Series] = {}
-    reason = "The run has no metrics.csv, so there are no curves."
-    if files:
-        reason = ""
+def _add_curves(page: Page, runs: Mapping[str, RunDir], figures: FigureFiles, price_per_hour: float | None) -> None:
+    logs: dict[str, dict[str, Series]] = {}
+    reasons: list[str] = []
+    for facts, run in zip(page.runs, runs.values(), strict=True):
+        prefix = f"{facts.name}: " if len(runs) > 1 else ""
+        facts.ledger = read_ledger(run.path)
         try:
-            metrics = read_metrics(*files)
+            logs[facts.name] = read_metrics(*run.metrics_files) if run.metrics_files else {}
+            if not run.metrics_files:
+                reasons.append(f"{prefix}The run has no metrics.csv, so there are no curves.")
         except DistillError as error:
-            reason = f"The curves could not be read. {error}"
-    page.validation_svgs = _draw(validation_charts(metrics), figures)
+            logs[facts.name] = {}
+            reasons.append(f"{prefix}The curves could not be read. {error}")
+        facts.training_facts = training_facts(logs[facts.name])
+        facts.cost = cost_facts(logs[facts.name], facts.ledger, price_per_hour)
+    reason = " ".join(reasons)
+    page.validation_svgs = figures.draw(overlay([(name, validation_charts(log)) for name, log in logs.items()]))
     page.validation_absent = "" if page.validation_svgs else reason or "The log holds no validation values."
-    page.training_svgs = _draw(training_charts(metrics), figures)
+    page.training_svgs = figures.draw(overlay([(name, training_charts(log)) for name, log in logs.items()]))
     page.training_absent = "" if page.training_svgs else reason or "The log holds no training values."
-    page.training_facts = training_facts(metrics)
 
 
-def _add_maps(
-    page: Page, run: RunDir, data: str | None, images_per_domain: int, device: str, figures: dict[str, bytes]
+def _add_images(
+    page: Page,
+    runs: list[RunDir],
+    data: str | None,
+    images_per_domain: int,
+    device: str,
+    figures: FigureFiles,
+    console: Console,
 ) -> None:
     if images_per_domain == 0:
-        page.maps_absent = "Feature maps were left out on request (--images_per_domain 0)."
+        page.images_absent = "Feature maps were left out on request (--images_per_domain 0)."
         return
-    if not (data or _data_block(run).get("val")):
-        page.maps_absent = "The recipe names no held-out data (data.val), so there are no feature maps. Give --data."
+    if not (data or _data_block(runs[0]).get("val")):
+        page.images_absent = "The recipe names no held-out data (data.val), so there are no feature maps. Give --data."
         return
     try:
-        page.map_rows = _map_rows(page, run, data, images_per_domain, device)
+        page.images = _look(page, runs, data, images_per_domain, device, console)
     except DistillError as error:
         if data is not None and isinstance(error, DataError):
             raise
-        page.maps_absent = f"The feature maps could not be made. {error}"
+        page.images_absent = f"The feature maps could not be made. {error}"
         return
-    from distill.report.figures import map_sheet_png
-
-    columns = [cell.heading for cell in page.map_rows[0].cells]
-    rows = [(row.domain, [cell.pixels for cell in row.cells]) for row in page.map_rows]
-    figures["feature-maps.png"] = map_sheet_png(columns, rows)
+    figures.add_sheet("feature-maps", page.images.map_rows)
+    figures.add_sheet("similarity-maps", page.images.similarity_rows)
+    figures.add_neighbours("nearest-neighbours", page.images.neighbours)
 
 
-def _map_rows(page: Page, run: RunDir, data: str | None, images_per_domain: int, device: str) -> list[MapRow]:
-    shards: Any = data if data is not None else _data_block(run).get("val")
+def _look(
+    page: Page, runs: list[RunDir], data: str | None, images_per_domain: int, device: str, console: Console
+) -> ImageSection:
+    shards: Any = data if data is not None else _data_block(runs[0]).get("val")
     index = build_index(shards, key="data.val" if data is None else "--data")
-    chosen = choose_images(index, RowDataset(index, _img_size_px(page, run)), images_per_domain)
-    return map_rows(run.path, chosen, device)
+    chosen = choose_images(index, RowDataset(index, _img_size_px(page, runs[0])), images_per_domain)
+    with console.status("images") as status:
+        return image_section(
+            viewers(runs),
+            chosen,
+            device,
+            lambda name: status.update(f"patch tokens of {len(chosen.images)} images: {name}"),
+        )
 
 
 def _img_size_px(page: Page, run: RunDir) -> int:
@@ -178,50 +189,14 @@ def _data_block(run: RunDir) -> Mapping[str, Any]:
     return cast(dict[str, Any], block.get("init_args") or block)
 
 
-def _add_recipe(page: Page, run: RunDir, data: str | None) -> None:
-    page.exports = read_exports(run.path)
-    page.sources = read_sources(run)
-    page.versions = read_versions()
-    page.config_yaml = recipe_yaml(run)
+def _add_recipe(facts: RunFacts, run: RunDir, data: str | None) -> None:
+    facts.exports = read_exports(run.path)
+    facts.sources = read_sources(run)
+    facts.config_yaml = recipe_yaml(run)
     held_out: Any = data or _data_block(run).get("val")
-    page.commands = next_commands(
+    facts.commands = next_commands(
         run.path,
         held_out if isinstance(held_out, str) else None,
-        has_probe=page.probe is not None,
-        has_exports=bool(page.exports),
+        has_probe=not facts.probe_absent,
+        has_exports=bool(facts.exports),
     )
-
-
-def _remove_older(folder: Path, figures: Mapping[str, bytes]) -> None:
-    """Remove figures of an earlier report that this one does not have; anybody else's files stay."""
-    from distill.report.figures import SOFTWARE
-
-    for path in folder.glob("*.png"):
-        if path.name not in figures and SOFTWARE.encode() in path.read_bytes()[:512]:
-            path.unlink()
-
-
-def _write(target: Path, page: str, figures: Mapping[str, bytes]) -> None:
-    """Write the figures, then the page in one step: a reader sees the old page or the new one, never a part."""
-    folder = target.parent / "figures"
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, content in figures.items():
-            (folder / name).write_bytes(content)
-        _remove_older(folder, figures)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(page)
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.chmod(0o644)  # temporary files are private; a report is to be shown
-                temporary.replace(target)
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        cause = error.strerror or str(error)
-        raise ConfigError(
-            f"{target} could not be written: {cause}. Free space there, or give another --out."
-        ) from error

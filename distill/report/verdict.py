@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.report.number_text import difference_text
-from distill.report.probe_json import OVERALL, EncoderScores, Paired, ProbeResults
+from distill.probe.number_text import difference_text
+from distill.probe.results import OVERALL, EncoderScores, Paired, ProbeResults
 
 Outcome = Literal["yes", "no", "unknown"]
 
@@ -94,7 +94,7 @@ def fidelity_claim(results: ProbeResults, student: str, initial: str) -> Claim:
         by_verdict.setdefault(honest_verdict(entry), []).append(scope)
     absent = [scope for scope in found if scope not in entries]
     least = min(entries.values(), key=lambda entry: entry.difference)
-    gain = difference_text(FIDELITY, least.difference, least.low, least.high)
+    gain = difference_text(results.info(FIDELITY).kind, least.difference, least.low, least.high)
     if set(by_verdict) == {"better"} and not absent:
         text = (
             f"Fidelity to the teacher rose in all {len(entries)} domains by more than the 95\u00a0% interval; "
@@ -114,7 +114,7 @@ def accuracy_claim(results: ProbeResults, student: str, initial: str, metric: st
     entry = results.comparison(student, initial, metric, OVERALL)
     if entry is None:
         return Claim("unknown", short, f"{name} accuracy overall was not compared.")
-    change = difference_text(metric, entry.difference, entry.low, entry.high)
+    change = difference_text(results.info(metric).kind, entry.difference, entry.low, entry.high)
     count = "" if entry.n is None else f" (n = {entry.n:,})"
     verdict = honest_verdict(entry)
     if verdict == "better":
@@ -127,12 +127,13 @@ def accuracy_claim(results: ProbeResults, student: str, initial: str, metric: st
     return Claim("no", short, text)
 
 
-def honest_verdict(entry: Paired) -> str:
+def honest_verdict(entry: Paired, *, lower_is_better: bool = False) -> str:
     """Return the probe's verdict, weakened to "not distinguishable" where the interval does not bear it out."""
     if entry.low is None or entry.high is None:
         return "not distinguishable"
-    if entry.verdict == "better" and entry.low > 0:
-        return "better"
-    if entry.verdict == "worse" and entry.high < 0:
-        return "worse"
+    above, below = ("worse", "better") if lower_is_better else ("better", "worse")
+    if entry.verdict == above and entry.low > 0:
+        return above
+    if entry.verdict == below and entry.high < 0:
+        return below
     return "not distinguishable"

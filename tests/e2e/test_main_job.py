@@ -169,7 +169,16 @@ def test_export_probe_and_report_follow(run: Path, recipe: Path) -> None:
     distill("export", str(run), "--format", "all")
     exports = {folder.name for folder in (run / "exports").iterdir()}
     assert {"internvl-hf", "timm"} <= exports
-    distill("probe", str(run), "--data", str(recipe.parent / "heldout"), "--img_size_px", "64")
+    distill(
+        "probe",
+        str(run),
+        "--data",
+        str(recipe.parent / "heldout"),
+        "--img_size_px",
+        "64",
+        "--rungs",
+        "[linear,knn,fidelity]",
+    )
     result = json.loads((run / "probe.json").read_text())
     assert [encoder["role"] for encoder in result["encoders"]] == ["initial", "student", "teacher"]
     assert set(result["data"]["domains"]) == {"natural", "ocr", "chart", "multidisciplinary"}

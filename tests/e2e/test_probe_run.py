@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill import cli
 from distill.checkpoint import build_encoder, read_weights
 from distill.errors import ConfigError, DataError
 from distill.probe.run import probe
+from distill.probe.rung import ratio_of_sums
 
 SIZE = 64
 CLASSES = {"natural": ("wide", "narrow", "dots"), "chart": ("bars", "grid", "line")}
 GROUPS, VIEWS = 12, 2
+RUNGS = ["--rungs", "[linear,knn,fidelity]"]
 
 
 def picture(kind: int, generator: np.random.Generator) -> bytes:
@@ -127,7 +130,7 @@ def judged(run: Path, shards: Path) -> tuple[dict[str, Any], str]:
     """The content of probe.json and what was printed, by the command line."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        cli.main(["probe", str(run), "--data", str(shards), "--img_size_px", str(SIZE), "--device", "cpu"])
+        cli.main(["probe", str(run), "--data", str(shards), "--img_size_px", str(SIZE), "--device", "cpu", *RUNGS])
     return result_of(run / "probe.json"), printed.getvalue()
 
 
@@ -137,7 +140,7 @@ def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_a_run_is_judged_beside_its_initialisation_and_its_teacher(judged: tuple[dict[str, Any], str]) -> None:
     result, printed = judged
-    assert result["format"] == "distill-probe/1"
+    assert result["format"] == "distill-probe/2"
     assert {name: encoder["role"] for name, encoder in by_name(result).items()} == {
         "copy (initial)": "initial",
         "vit (initial)": "initial",
@@ -168,7 +171,8 @@ def test_accuracies_have_intervals_in_every_labelled_domain(judged: tuple[dict[s
             assert head["overall"]["n"] == sum(score["n"] for score in head["domains"].values())
             hits = sum(score["top1"] * score["n"] for score in head["domains"].values())
             assert hits == pytest.approx(head["overall"]["top1"] * head["overall"]["n"], abs=1e-3)
-    assert encoders["copy"]["linear"] == encoders["big"]["linear"]
+    for part in ("overall", "domains"):
+        assert encoders["copy"]["linear"][part] == encoders["big"]["linear"][part]
     assert encoders["big"]["linear"]["overall"]["top1"] > 0.5  # six classes: chance is 0.17
 
 
@@ -204,7 +208,7 @@ def test_the_paired_verdicts_are_against_each_students_own_initialisation(
 def test_the_same_seed_gives_the_same_figures_and_another_seed_others(
     lone_encoder: str, shards: Path, tmp_path: Path
 ) -> None:
-    common: dict[str, Any] = {"data": str(shards), "img_size_px": SIZE, "device": "cpu", "pool": "mean"}
+    common: dict[str, Any] = {"data": str(shards), "img_size_px": SIZE, "device": "cpu", "rungs": ["linear", "knn"]}
     options = ({}, {"batch_size": 3}, {"seed": 1})
     files = [
         probe(lone_encoder, out=tmp_path / f"{number}.json", **common, **extra) for number, extra in enumerate(options)
@@ -220,7 +224,7 @@ def test_a_lone_encoder_is_scored_without_fidelity_and_says_so(
     lone_encoder: str, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path = probe(lone_encoder, data=str(shards), domains=["chart"], img_size_px=SIZE, device="cpu")
+    path = probe(lone_encoder, data=str(shards), domains=["chart"], img_size_px=SIZE, device="cpu", rungs=["linear"])
     assert path == Path("probe.json")
     result = result_of(path)
     assert result["data"]["domains"] == ["chart"]
@@ -232,7 +236,9 @@ def test_a_lone_encoder_is_scored_without_fidelity_and_says_so(
 
 def test_shards_without_labels_still_give_fidelity(run: Path, lone_encoder: str, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "bare", labelled=False)
-    result = result_of(probe(str(run), data=str(shards), img_size_px=SIZE, out=tmp_path, device="cpu"))
+    result = result_of(
+        probe(str(run), data=str(shards), img_size_px=SIZE, out=tmp_path, device="cpu", rungs=["fidelity"])
+    )
     student = next(encoder for encoder in result["encoders"] if encoder["name"] == "copy")
     assert student["linear"] is None
     assert student["fidelity"]["overall"]["cosine_centred"]["mean"] > 0.999
@@ -244,7 +250,7 @@ def test_damaged_images_are_counted_or_stop_the_probe(
     lone_encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = write_shards(tmp_path / "one", damaged=1, damaged_domain="natural")
-    options: dict[str, Any] = {"img_size_px": SIZE, "out": tmp_path, "device": "cpu"}
+    options: dict[str, Any] = {"img_size_px": SIZE, "out": tmp_path, "device": "cpu", "rungs": ["knn"]}
     result = result_of(probe(lone_encoder, data=str(one), domains=["natural", "ocr"], **options))
     assert "1 image(s) could not be decoded" in capsys.readouterr().out
     assert sum(result["data"][f"n_{part}"] for part in ("fit", "select", "test")) == 3 * GROUPS * VIEWS + 24 - 1
@@ -261,6 +267,10 @@ def test_damaged_images_are_counted_or_stop_the_probe(
         ({"seed": -1}, "--seed -1 must be 0 or more"),
         ({"out": Path("nowhere/at/all.json")}, "does not exist; create it"),
         ({"pool": "prefix"}, "needs a class token"),
+        ({"layers": "-1,0"}, "layers are counted from the end"),
+        ({"layers": "last"}, "--layers last: give numbers from the end"),
+        ({"layers": "-99"}, "this encoder has -1 to -"),
+        ({"rungs": ["dense"]}, "--rungs dense: the rungs are linear"),
     ],
 )
 def test_options_that_cannot_work_are_refused_by_name(
@@ -279,7 +289,68 @@ def test_a_file_that_cannot_be_written_leaves_no_part_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distill.probe.run.os.fsync", full)
+    monkeypatch.setattr("distill.probe.probe_file.os.fsync", full)
     with pytest.raises(ConfigError, match="No space left on device"):
-        probe(lone_encoder, data=str(shards), img_size_px=SIZE, out=out, device="cpu")
+        probe(lone_encoder, data=str(shards), img_size_px=SIZE, out=out, device="cpu", rungs=["knn"])
     assert list(out.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def laddered(lone_encoder: str, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """probe.json of the classifiers on two layers, and the folder of cached features."""
+    root = tmp_path_factory.mktemp("ladder")
+    words = ["probe", lone_encoder, "--data", str(shards), "--out", str(root), "--img_size_px", str(SIZE)]
+    words += ["--layers=-2,-1", "--rungs", "[linear,knn,sgd,attentive,few_shot,calibration]", "--device", "cpu"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.main([*words, "--cache", str(root / "cache"), "--train", str(shards)])
+    return root / "probe.json", root / "cache"
+
+
+def test_every_figure_of_the_ladder_can_be_taken_again_from_the_parts_by_image(laddered: tuple[Path, Path]) -> None:
+    result = result_of(laddered[0])
+    scores = result["encoders"][0]["scores"]
+    overall = {(entry["metric"], tuple(entry["at"] or ())): entry for entry in scores if entry["scope"] == "overall"}
+    parts = load_file(laddered[0].parent / result["per_image"])
+    assert len(result["tensors"]) == len(overall) > 10
+    for listed in result["tensors"]:
+        numerator, denominator = (parts[f"{listed['prefix']}/{part}"].numpy() for part in ("numerator", "denominator"))
+        entry = overall[listed["metric"], tuple(listed["at"] or ())]
+        kind = result["metrics"][listed["metric"]]["kind"]
+        assert ratio_of_sums(numerator, denominator, kind) == pytest.approx(entry["value"])
+        assert len(parts[f"{listed['prefix']}/rows"]) == entry["n"] == len(parts[f"{listed['prefix']}/domains"])
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert entry["seed"] == 0
+    assert {entry["at"][1] for entry in scores if entry["at"] and entry["at"][0] == "layer"} == {-2, -1}
+    assert {entry["at"][1] for entry in scores if entry["at"] and entry["at"][0] == "shots"} >= {1, 5}
+
+
+def test_probing_on_the_training_images_is_reported_as_a_leak(laddered: tuple[Path, Path], shards: Path) -> None:
+    leaks = result_of(laddered[0])["leaks"]
+    n = 6 * GROUPS * VIEWS + 24
+    assert (leaks["train"], leaks["exact"], leaks["near"]) == (str(shards), n, 0)
+    assert (leaks["checked"], leaks["excluded"], len(leaks["rows"])) == (n, 0, n)
+
+
+def test_features_of_the_cache_give_the_same_figures(
+    lone_encoder: str, shards: Path, laddered: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options: dict[str, Any] = {"img_size_px": SIZE, "device": "cpu", "layers": "-2,-1", "cache": tmp_path / "cache"}
+    shutil.copytree(laddered[1], tmp_path / "cache")
+    again = probe(lone_encoder, data=str(shards), out=tmp_path, rungs=["linear", "knn", "attentive"], **options)
+    assert "features of random from" in capsys.readouterr().out.replace("\n", " ")
+    first = result_of(laddered[0])["encoders"][0]
+    assert result_of(again)["encoders"][0]["linear"] == first["linear"]
+    assert result_of(again)["encoders"][0]["knn"] == first["knn"]
+
+
+def test_a_table_with_a_fixed_test_part_is_judged_on_that_part(lone_encoder: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    lines = ["path,label,split"]
+    for number in range(36):
+        (tmp_path / f"{number}.png").write_bytes(picture(number % 2 * 4, generator))
+        lines.append(f"{number}.png,{'ab'[number % 2]},{'test' if number >= 24 else 'train'}")
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    file = probe(lone_encoder, data=str(tmp_path / "table.csv"), img_size_px=SIZE, out=tmp_path, rungs=["linear"])
+    data = result_of(file)["data"]
+    assert (data["n_test"], data["n_fit"] + data["n_select"], data["split"]) == (12, 24, "fixed test part")
+    assert result_of(file)["encoders"][0]["linear"]["overall"]["n"] == 12

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill.probe.fidelity import RidgePath, cosine_centred, debiased_cka
+from distill.probe.fidelity import RidgePath, cosine_centred, cosine_to_itself, debiased_cka
 from distill.probe.protocol import Split, split_by_group
 
 N, T, WIDTH = 120, 6, 10
@@ -163,3 +163,34 @@ def test_cka_has_no_value_for_three_images_or_constant_features_and_no_interval_
     assert (few.low, few.high) == (None, None)
     with pytest.raises(ValueError, match="same images"):
         debiased_cka(torch.randn(4, 2), torch.randn(5, 2))
+
+
+def test_predicting_the_mean_has_relative_distance_one_and_a_flattering_raw_cosine(split: Split) -> None:
+    teacher = teacher_tokens()
+    result = cosine_centred(torch.ones(N, T, 4), teacher, np.zeros(N, dtype=np.int64), split)
+    assert result.relative_l2 == pytest.approx(np.ones(len(split.test)))
+    mean = teacher[torch.from_numpy(split.fit)].mean((0, 1))
+    truth = torch.nn.functional.cosine_similarity(teacher[torch.from_numpy(split.test)], mean, dim=-1).mean(1)
+    assert result.raw == pytest.approx(truth.numpy(), abs=1e-5)
+    assert result.raw.mean() > 0.5
+
+
+def test_the_relative_distance_is_what_noise_leaves_unexplained(split: Split) -> None:
+    teacher = torch.randn(N, T, WIDTH, generator=torch.Generator().manual_seed(8))
+    noise = torch.randn(N, T, WIDTH, generator=torch.Generator().manual_seed(9))
+    result = cosine_centred(teacher + noise, teacher, np.zeros(N, dtype=np.int64), split)
+    # Signal and noise of one size: the best linear map halves the variance.
+    assert result.relative_l2.mean() == pytest.approx(0.5**0.5, abs=0.05)
+
+
+def test_the_ceiling_is_one_without_augmentation_and_falls_with_it(split: Split) -> None:
+    teacher, domains = teacher_tokens(), np.arange(N) % 2
+    test = torch.from_numpy(split.test)
+    same = cosine_to_itself(teacher[test], teacher, domains, split)
+    assert (same.per_image.min(), same.raw.min()) == (pytest.approx(1.0), pytest.approx(1.0))
+    assert (same.relative_l2.max(), same.strength) == (0.0, None)
+    noise = 0.3 * torch.randn(len(test), T, WIDTH, generator=torch.Generator().manual_seed(4))
+    changed = cosine_to_itself(teacher[test] + noise, teacher, domains, split)
+    norm = teacher[test].sub(teacher_tokens().mean((0, 1))).flatten(1).norm(dim=1)
+    assert changed.relative_l2 == pytest.approx((noise.flatten(1).norm(dim=1) / norm).numpy(), rel=0.1)
+    assert 0.8 < changed.per_image.mean() < 0.99

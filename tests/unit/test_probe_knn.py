@@ -6,7 +6,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
-from distill.probe.knn import TEMPERATURE, knn_predict, knn_probe
+from distill.probe import knn
+from distill.probe.knn import KS, TEMPERATURE, knn_predict, knn_probe, knn_shares
 from distill.probe.protocol import Split, split_by_group
 
 
@@ -49,6 +50,29 @@ def test_oracle_features_score_one_and_random_features_chance() -> None:
     noise = torch.randn(1000, 16, generator=torch.Generator().manual_seed(2))
     accuracy = (knn_probe(noise, targets, split, num_classes=5).predictions == targets[test]).double().mean()
     assert abs(float(accuracy) - 0.2) < 4 * np.sqrt(0.2 * 0.8 / len(test))
+
+
+def test_blocks_of_queries_give_what_one_block_gives_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bank, queries, targets = torch.randn(60, 6, generator=generator), torch.randn(25, 6), torch.arange(60) % 3
+    whole = knn_shares(bank, targets, queries, ks=[3, 10], num_classes=3)
+    monkeypatch.setattr(knn, "_SIMILARITIES", 4 * len(bank))
+    sizes = [len(similarity) for _, similarity, _ in knn._neighbours(bank, queries, 3)]
+    assert max(sizes) == 4
+    assert sum(sizes) == 25
+    blocks = knn_shares(bank, targets, queries, ks=[3, 10], num_classes=3)
+    assert all(torch.allclose(blocks[k], whole[k], atol=1e-6) for k in (3, 10))
+
+
+def test_the_ks_are_dinov2s_and_the_chosen_one_is_the_best_on_the_selection_split() -> None:
+    assert KS == (10, 20, 100, 200)
+    targets = torch.arange(900) % 3
+    features = F.one_hot(targets, 3) + 1.2 * torch.randn(900, 3, generator=torch.Generator().manual_seed(4))
+    result = knn_probe(features, targets, split_by_group([""] * 900, targets.numpy(), seed=0), num_classes=3)
+    scores = dict(result.path)
+    assert tuple(scores) == KS
+    assert scores[result.k] == max(scores.values())
+    assert result.settings == {"k": result.k, "temperature": 0.07}
 
 
 def test_k_is_lowered_to_the_size_of_a_small_fit_split() -> None:

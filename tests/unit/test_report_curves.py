@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from distill.errors import DataError
-from distill.report.curves import CurveChart, Line, file_key, score_charts, smooth, training_charts, validation_charts
+from distill.probe.results import EncoderScores, MetricInfo, Paired, ProbeResults, Score
+from distill.report.charts import AxisChart, CurveChart, Line, file_key
+from distill.report.curves import smooth, training_charts, validation_charts
 from distill.report.figures import chart_png, chart_svg, inline_svg
 from distill.report.metrics_csv import Series, read_metrics, split_validation
-from distill.report.probe_json import EncoderScores, ProbeResults, Score
+from distill.report.score_charts import axis_charts, axis_title, score_charts
+from distill.report.several import merged, overlay
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -122,6 +125,88 @@ def test_score_charts_show_accuracies_in_per_cent_and_only_metrics_that_exist() 
     (chart,) = score_charts(results)
     assert chart.scopes == ("overall",)
     assert chart.encoders[0][2]["overall"] == Score(50.0, 40.0, 60.0, 9)
+    assert chart.title == "Linear probe, top-1 (%)"
+
+
+def probe_with_curves() -> ProbeResults:
+    def points(value: float) -> list[tuple[float, Score]]:
+        return [(x, Score(value / x, value / x - 0.01, value / x + 0.01, 7)) for x in (8.0, 16.0, 64.0)]
+
+    def encoder(name: str, role: str, value: float) -> EncoderScores:
+        by_scope = {"overall": points(value), "a": points(value)}
+        curves = {("ocr_cer", "font_px"): by_scope, ("cosine_centred", "layer"): by_scope}
+        return EncoderScores(name, role, 1, 1, {"knn_top1": {"overall": Score(value, None, None, 7)}}, curves)
+
+    metrics = {
+        "knn_top1": MetricInfo("kNN, top-1", "accuracy"),
+        "ocr_cer": MetricInfo("Character error rate", "error_rate", lower_is_better=True),
+        "cosine_centred": MetricInfo("Fidelity, centred cosine", "cosine"),
+    }
+    encoders = (encoder("s (initial)", "initial", 0.2), encoder("s", "student", 0.4), encoder("t", "teacher", 0.8))
+    pair = Paired("knn_top1", "overall", "s", "s (initial)", 0.2, 0.1, 0.3, 7, "better")
+    return ProbeResults({"domains": ["a"], "fingerprint": "f"}, {"seed": 0}, encoders, (pair,), metrics)
+
+
+def test_each_axis_makes_a_chart_and_layers_one_for_each_domain_too() -> None:
+    charts = axis_charts(probe_with_curves())
+    assert [(chart.title, chart.axis) for chart in charts] == [
+        ("Character error rate (%), lower is better", "font (px)"),
+        ("Fidelity, centred cosine", "layer"),
+        ("a: Fidelity, centred cosine", "layer"),
+    ]
+    assert charts[0].lines[1].points[0][1].value == pytest.approx(5.0)  # per cent
+    assert charts[1].lines[1].points[0][1].value == pytest.approx(0.05)
+    assert axis_title("jpeg_quality") == "jpeg quality"
+
+
+def test_an_axis_chart_is_drawn_with_its_points_as_ticks() -> None:
+    (chart, *_) = axis_charts(probe_with_curves())
+    assert isinstance(chart, AxisChart)
+    svg = chart_svg(chart)
+    ElementTree.fromstring(svg)
+    for text in (">8<", ">16<", ">64<", "font (px)", ">s (initial)<"):
+        assert text in svg
+    assert chart_png(chart).startswith(b"\x89PNG")
+
+
+def test_scores_of_several_runs_stand_in_one_table_with_an_equal_teacher_once() -> None:
+    both = merged({"one": probe_with_curves(), "two": probe_with_curves()})
+    assert [encoder.name for encoder in both.encoders] == [
+        "one / s (initial)",
+        "one / s",
+        "t",
+        "two / s (initial)",
+        "two / s",
+    ]
+    assert both.initial_of("two / s") is both.encoders[3]
+    assert merged({"one": probe_with_curves()}) == probe_with_curves()
+
+
+def test_charts_of_several_runs_are_laid_over_each_other_in_one_colour_each() -> None:
+    def charts(top: float, base: float) -> list[CurveChart]:
+        mine = Line("cosine", Series((0.0, 1.0), (0.1, top)))
+        faint = Line("", Series((0.0, 1.0), (0.0, top)), "thin")
+        dashed = Line("trivial baseline", Series((0.0, 1.0), (base, base)), "dashed")
+        return [CurveChart("cosine-a", "a", (dashed, faint, mine), marks_ends=True, y_range=(0.0, top))]
+
+    (chart,) = overlay([("one", charts(0.5, 0.2)), ("two", charts(0.9, 0.2))])
+    assert [(line.label, line.style, line.colour) for line in chart.lines] == [
+        ("one", "main", 0),
+        ("trivial baseline", "dashed", 0),
+        ("two", "main", 1),
+    ]
+    assert chart.y_range == (0.0, 0.9)
+    assert overlay([("one", charts(0.5, 0.2))]) == charts(0.5, 0.2)
+
+
+def test_layers_are_shown_for_each_domain_and_for_their_mean() -> None:
+    metrics = {
+        f"val/cosine_layer_{layer}/{domain}": Series((0.0, 5.0), (0.2, 0.4))
+        for layer in (-1, -2)
+        for domain in ("ocr", "chart")
+    }
+    titles = [chart.title for chart in validation_charts(metrics)]
+    assert titles == ["ocr", "chart", "By layer, mean over domains", "By layer, ocr", "By layer, chart"]
 
 
 HOSTILE = '_<script>alert("$x^{$")</script>&'

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from distill.errors import DataError
-from distill.report.number_text import count_text, interval_text, score_text, short_count_text
-from distill.report.probe_json import read_probe
-from distill.report.verdict import Verdict, judge
+from distill.probe.number_text import count_text, interval_text, score_text, short_count_text
+from distill.probe.results import Paired
+from distill.probe.results_file import read_probe
+from distill.report.verdict import Verdict, honest_verdict, judge
 
 DOMAINS = ("natural", "ocr")
 GOOD = (0.10, 0.05, 0.15, "better")
@@ -137,9 +138,21 @@ def test_a_probe_file_that_cannot_be_used_is_refused_with_the_way_out(
 
 
 def test_numbers_are_written_as_a_reader_expects() -> None:
-    assert score_text("linear_top1", 0.6125) == "61.3"
-    assert score_text("cosine_centred", -0.5) == "\u22120.500"
+    assert score_text("accuracy", 0.6125) == "61.3"
+    assert score_text("cosine", -0.5) == "\u22120.500"
     assert score_text("cka", None) == "\u2013"
-    assert interval_text("knn_top1", 0.1, None) == ""
+    assert interval_text("accuracy", 0.1, None) == ""
     assert count_text(304_012_288) == "304,012,288"
     assert short_count_text(5_536_496_000) == "5.54\u202fB"
+
+
+def test_a_verdict_that_its_interval_does_not_bear_out_is_weakened_in_either_direction() -> None:
+    def entry(low: float, high: float, verdict: str) -> Paired:
+        return Paired("m", "overall", "a", "b", (low + high) / 2, low, high, 9, verdict)
+
+    assert honest_verdict(entry(0.1, 0.3, "better")) == "better"
+    assert honest_verdict(entry(-0.1, 0.3, "better")) == "not distinguishable"
+    # Fewer errors are better: the difference lies below zero.
+    assert honest_verdict(entry(-0.3, -0.1, "better"), lower_is_better=True) == "better"
+    assert honest_verdict(entry(0.1, 0.3, "worse"), lower_is_better=True) == "worse"
+    assert honest_verdict(entry(0.1, 0.3, "better"), lower_is_better=True) == "not distinguishable"

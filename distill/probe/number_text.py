@@ -1,11 +1,12 @@
-"""How the page writes numbers: proper minus signs, the same digits everywhere, intervals in brackets."""
+"""How figures are written for people: proper minus signs, the same digits everywhere, intervals in brackets."""
 
 from __future__ import annotations
 
 MINUS = "\u2212"
 NO_BREAK_SPACE = "\u00a0"
 NARROW_SPACE = "\u202f"
-ACCURACIES = ("linear_top1", "knn_top1")
+PERCENT_KINDS = ("accuracy", "error_rate", "iou")
+"""Kinds of figures, as in `distill.probe.rung.Kind`, that are written in per cent."""
 
 
 def signed(text: str) -> str:
@@ -13,26 +14,31 @@ def signed(text: str) -> str:
     return text.replace("-", MINUS)
 
 
-def score_text(metric: str, value: float | None) -> str:
-    """Return accuracies in per cent with one digit, everything else with three; a dash for no value."""
+def score_text(kind: str, value: float | None) -> str:
+    """Return accuracies, IoU and error rates in per cent with one digit, the rest with three; a dash for no value."""
     if value is None:
         return "\u2013"
-    return signed(f"{value * 100:.1f}") if metric in ACCURACIES else signed(f"{value:.3f}")
+    return signed(f"{value * 100:.1f}") if kind in PERCENT_KINDS else signed(f"{value:.3f}")
 
 
-def interval_text(metric: str, low: float | None, high: float | None) -> str:
+def interval_text(kind: str, low: float | None, high: float | None) -> str:
     """Return `[low, high]`, or nothing when there is no interval."""
     if low is None or high is None:
         return ""
-    return f"[{score_text(metric, low)},{NO_BREAK_SPACE}{score_text(metric, high)}]"
+    return f"[{score_text(kind, low)},{NO_BREAK_SPACE}{score_text(kind, high)}]"
 
 
-def difference_text(metric: str, value: float, low: float | None, high: float | None) -> str:
-    """Return a difference with its sign, its interval, and "points" where it is one of accuracies."""
+def difference_text(kind: str, value: float, low: float | None, high: float | None) -> str:
+    """Return a difference with its sign, its interval, and "points" where it is one of percentages."""
     sign = "+" if value > 0 else ""
-    unit = " points" if metric in ACCURACIES else ""
-    interval = interval_text(metric, low, high)
-    return f"{sign}{score_text(metric, value)}{unit}" + (f" {interval}" if interval else "")
+    unit = " points" if kind in PERCENT_KINDS else ""
+    interval = interval_text(kind, low, high)
+    return f"{sign}{score_text(kind, value)}{unit}" + (f" {interval}" if interval else "")
+
+
+def axis_text(value: float) -> str:
+    """Return a point of a curve's axis without needless digits: 12, 0.5, -1 with a typographic minus."""
+    return signed(f"{value:g}")
 
 
 def count_text(count: int | None) -> str:

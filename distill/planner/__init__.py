@@ -1,0 +1,1 @@
+"""`distill plan`: what a recipe costs, before anything is spent."""
