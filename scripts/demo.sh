@@ -14,9 +14,9 @@ start=$SECONDS
 step() { printf '\n[%4d s] %s\n' "$((SECONDS - start))" "$1"; }
 
 step "Drawing labelled images of four domains"
-distill synthesize "$images/train" --split train --images_per_domain 200
-distill synthesize "$images/val" --split heldout --images_per_domain 40 --seed 1
-distill synthesize "$images/heldout" --split heldout --images_per_domain 150
+distill synthesize "$images/train" --split train --images_per_domain 160
+distill synthesize "$images/val" --split heldout --images_per_domain 24 --seed 1
+distill synthesize "$images/heldout" --split heldout --images_per_domain 130
 
 step "Distilling EfficientNet-Lite0 into a small ViT at 448 px"
 distill fit --config configs/demo.yaml --trainer.default_root_dir "$run" \
@@ -26,7 +26,7 @@ step "Exporting the student; each export is loaded by its consumer in a fresh pr
 distill export "$run" --format [internvl-hf,timm] --overwrite true
 
 step "Probing the student beside its initialisation and its teacher, on the held-out images"
-distill probe "$run" --data "$images/heldout" --precision auto
+distill probe "$run" --data "$images/heldout" --precision auto --rungs [linear,knn,fidelity]
 
 step "Writing the report"
 distill report "$run"
@@ -37,8 +37,9 @@ cat <<EOF
     import timm
     encoder = timm.create_model("local-dir:$run/exports/timm", pretrained=True)
 
-Next: validate the run again, or distil longer with the same recipe.
+Next: validate the run again, climb the whole ladder of probes, or distil longer with the same recipe.
 
+    .venv/bin/distill probe $run --data $images/heldout --out $run/ladder.json
     .venv/bin/distill validate --config $run/config.yaml --ckpt_path $run/checkpoints/last.ckpt
     .venv/bin/distill fit --config $run/config.yaml --trainer.max_epochs 20 --trainer.default_root_dir runs/longer
 EOF
