@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_module_and_no_weights_or_images(wheel: zipfile.Zi
         for file in (ROOT / package).rglob("*.py"):
             assert str(file.relative_to(ROOT)) in names
     kinds = {Path(name).suffix for name in names if ".dist-info" not in name}
-    assert kinds <= {".py", ".j2", ".css"}
+    assert kinds <= {".py", ".j2", ".css", ".js"}
 
 
 def test_the_wheel_installs_the_command_and_carries_the_licence(wheel: zipfile.ZipFile) -> None:
