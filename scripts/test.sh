@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests on the CPU, in .venv (made on the first call), two at a time. Arguments go to pytest:
+# Runs the tests on the CPU, in .venv (made on the first call), three at a time: many wait for processes that they start.
+# Arguments go to pytest:
 #   scripts/test.sh -m "not slow"
 # Older transformers, OpenVINO and ExecuTorch, which some exports are tested with, are installed beside it under .consumers.
 set -euo pipefail
@@ -9,4 +10,4 @@ make_environment "${VENV:-.venv}" demo,dev,export,report,onnx,gguf,s3,pack,ray
 PYTHON=python bash scripts/consumers.sh
 # One thread a process: the models are tiny, and a file's tests share what they have made.
 export OMP_NUM_THREADS=1
-exec python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec python -m pytest --numprocesses 3 --dist loadfile "$@"
