@@ -14,9 +14,9 @@ start=$SECONDS
 step() { printf '\n[%4d s] %s\n' "$((SECONDS - start))" "$1"; }
 
 step "Drawing labelled images of four domains"
-distill synthesize "$images/train" --split train --images_per_domain 160
-distill synthesize "$images/val" --split heldout --images_per_domain 24 --seed 1
-distill synthesize "$images/heldout" --split heldout --images_per_domain 130
+distill synthesize "$images/train" --split train --images_per_domain 200
+distill synthesize "$images/val" --split heldout --images_per_domain 40 --seed 1
+distill synthesize "$images/heldout" --split heldout --images_per_domain 150
 
 step "Distilling EfficientNet-Lite0 into a small ViT at 448 px"
 distill fit --config configs/demo.yaml --trainer.default_root_dir "$run" \

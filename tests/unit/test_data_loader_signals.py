@@ -30,7 +30,7 @@ class Numbers(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         """Return one."""
-        return {"row": torch.tensor(index), "image": torch.full((2,), float(index))}
+        return {"row": torch.tensor(index), "image": torch.full((1, 1, 2), float(index))}
 
 
 def start(method: Any) -> tuple[Any, list[Any]]:

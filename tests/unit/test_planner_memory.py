@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 0.15
 
 MEASURE = """
-import json, resource, sys
+import json, re, resource, sys
+from pathlib import Path
 import torch
 import students, teachers
 from distill.planner.estimate import OPTIMISER
@@ -39,7 +40,8 @@ planned = max(held.total() for held in cost.memory.values())
 
 
 def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which a process inherits from whoever started it.
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def step(side, batch):

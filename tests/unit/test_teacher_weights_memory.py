@@ -20,14 +20,16 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = InternViTConfig(embed_dim=1024, depth=16, num_heads=8, mlp_dim=4096)
 
 LOAD = """
-import json, resource, sys
+import json, re, resource, sys
+from pathlib import Path
 from teachers import InternViT, InternViTConfig
 
 teacher = InternViT(sys.argv[1], InternViTConfig(**json.loads(sys.argv[2])), dtype="bfloat16")
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[1]) * resource.getpagesize()
 teacher.load_weights()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which a process inherits from whoever started it.
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 print(json.dumps({"extra": peak - before, "weights": sum(p.nbytes for p in teacher.parameters())}))
 """
 
