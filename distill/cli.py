@@ -40,7 +40,7 @@ VERBS = {
     "pack": ("distill.data.pack", "pack", "write images as shards, without copies, from folders, lists and datasets"),
     "synthesize": ("distill.data.synthetic", "synthesize", "draw labelled images of four domains as shards"),
     "export": ("distill.export.run", "export", "write a run's student in its consumers' formats, verified by them"),
-    "probe": ("distill.probe.run", "probe", "linear probe, kNN and fidelity of an encoder beside its baselines"),
+    "probe": ("distill.probe.run", "probe", "a ladder of probes and fidelity for an encoder, beside its baselines"),
     "compare": ("distill.probe.compare", "compare", "paired differences between the encoders of several probes"),
     "report": ("distill.report.run", "report", "one HTML page about one or several runs"),
 }

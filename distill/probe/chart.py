@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.probe.blind import commonest_class_accuracy
 from distill.probe.drawn import drawn_split, fingerprint, map_batches, unit_scale
 from distill.probe.drawn_charts import FAMILIES, NUM_VALUES, TYPES, Charts, ChartSettings, draw_charts
 from distill.probe.extraction import Extraction
@@ -89,7 +90,10 @@ def _type_score(pooled: Tensor, charts: Charts, split: Split, data: str) -> Rung
     parts = PerImage(split.test, correct, np.ones_like(correct), split.test, families)
     settings = {"C": found.c, "charts": len(charts.types), "types": list(TYPES)}
     title = "Chart type, linear probe, top-1"
-    return RungScore(TYPE_METRIC, title, "accuracy", parts, settings, domain_names=tuple(FAMILIES), data=data)
+    blind = commonest_class_accuracy(charts.types.numpy(), split.fit, split.test)
+    return RungScore(
+        TYPE_METRIC, title, "accuracy", parts, settings, domain_names=tuple(FAMILIES), data=data, blind=blind
+    )
 
 
 def _family_of_type() -> IntArray:
@@ -101,7 +105,7 @@ def _value_scores(grids: Tensor, charts: Charts, split: Split, data: str) -> lis
     families = _family_of_type()[charts.types.numpy()]
     test = split.test
     squares = np.zeros((len(families), len(FAMILIES) * NUM_VALUES))
-    spreads, errors = squares.copy(), np.zeros((len(families), 1))
+    spreads, errors, guesses = squares.copy(), np.zeros((len(families), 1)), np.zeros((len(families), 1))
     strengths: dict[str, float] = {}
     for number, name in enumerate(FAMILIES):
         part = split.restrict(families == number)
@@ -112,14 +116,24 @@ def _value_scores(grids: Tensor, charts: Charts, split: Split, data: str) -> lis
         squares[part.test[:, None], columns] = (found.predictions - true) ** 2
         spreads[part.test[:, None], columns] = (true - true.mean(0)) ** 2
         errors[part.test, 0] = np.abs(found.predictions - true).mean(1)
+        guesses[part.test, 0] = np.abs(charts.values[part.fit].mean(0) - true).mean(1)
     settings: dict[str, Any] = {"ridge_strength": strengths, "charts": len(families), "features": grids.shape[1]}
     names, domains = tuple(FAMILIES), families[test]
     r2 = PerImage(test, squares[test], spreads[test], test, domains)
     error = PerImage(test, errors[test], np.ones((len(test), 1)), test, domains)
     title = "Chart values, mean absolute error"
     return [
-        RungScore(R2_METRIC, "Chart values, R2", "r2", r2, settings, domain_names=names, data=data),
-        RungScore(ERROR_METRIC, title, "distance", error, settings, domain_names=names, data=data),
+        RungScore(R2_METRIC, "Chart values, R2", "r2", r2, settings, domain_names=names, data=data, blind=0.0),
+        RungScore(
+            ERROR_METRIC,
+            title,
+            "distance",
+            error,
+            settings,
+            domain_names=names,
+            data=data,
+            blind=float(guesses[test].mean()),
+        ),
     ]
 
 

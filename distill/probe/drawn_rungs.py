@@ -14,6 +14,7 @@ from distill.probe.probe_set import ProbeSet
 from distill.probe.robustness import robustness_scores
 from distill.probe.rung import RungScore
 from distill.probe.segmentation import segmentation_scores
+from distill.probe.text_lines import TextPages
 
 FURTHER: tuple[Rung, ...] = ("segmentation", "ocr", "chart", "robustness")
 """The rungs of this kind, in their order."""
@@ -28,6 +29,7 @@ def further_scores(
     cohort: Cohort,
     data: ProbeSet,
     pooled: Tensor,
+    pages: TextPages | None = None,
 ) -> list[RungScore]:
     """Climb one of `FURTHER`.
 
@@ -39,6 +41,7 @@ def further_scores(
         cohort: the images of the probe set, with their split.
         data: the probe set.
         pooled: `[N, D]`, the encoder's features of the cohort's images.
+        pages: text lines to read beside the drawn ones.
 
     Raises:
         ConfigError: the encoder refuses images of a size that the rung needs.
@@ -48,7 +51,8 @@ def further_scores(
     if rung == "segmentation":
         return segmentation_scores(encoder, how, how.seed, console)
     if rung == "ocr":
-        return ocr_scores(encoder, how, how.seed, console)
+        given = [] if pages is None else ocr_scores(encoder, how, how.seed, console, pages)
+        return ocr_scores(encoder, how, how.seed, console) + given
     if rung == "chart":
         return chart_scores(encoder, how, how.seed, console)
     if rung == "robustness":

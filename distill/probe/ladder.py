@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.errors import ConfigError
 from distill.probe.attentive import attentive_probe
+from distill.probe.blind import commonest_class_accuracy
 from distill.probe.calibration import NUM_BINS, calibrate
 from distill.probe.classification import Classified
 from distill.probe.cohort import Cohort
@@ -159,7 +160,10 @@ class _Board:
         """Return the score of one value a test image."""
         cohort, at = self.cohort, self.test
         parts = parts_of(values, cohort.rows[at], cohort.groups[at], cohort.domains[at])
-        return RungScore(metric, title, kind, parts, settings, domain_names=cohort.domain_names, data=cohort.data)
+        score = RungScore(metric, title, kind, parts, settings, domain_names=cohort.domain_names, data=cohort.data)
+        if kind != "accuracy":
+            return score
+        return replace(score, blind=commonest_class_accuracy(cohort.targets, cohort.labelled.fit, at))
 
 
 def _few_shot(board: _Board, pooled: Tensor) -> None:

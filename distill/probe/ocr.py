@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from distill.errors import ConfigError, DataError
+from distill.probe.blind import constant_text_error
 from distill.probe.ctc_head import Columns, ReadingHead, ctc_loss, decode, encode, steps_needed
 from distill.probe.drawn import map_batches, unit_scale
 from distill.probe.drawn_text import TextSettings, draw_text_pages
@@ -28,7 +29,9 @@ from distill.probe.protocol import IntArray, Split
 from distill.probe.rung import PerImage, RungScore
 from distill.probe.text_lines import TextPages
 
-METRIC = "ocr_cer"
+METRIC, PAGES_METRIC = "ocr_cer", "ocr_pages_cer"
+"""Of drawn lines, and of the lines of pages that were given."""
+
 STEP_PX = 4
 """Pitch of the head's time steps: the narrowest digits that are drawn are 10 px wide, of small print about 5."""
 
@@ -86,6 +89,7 @@ def ocr_scores(
         DataError: a line is too long to be written in its columns, a part of the split has no line, or a feature is
             not finite.
     """
+    metric = METRIC if pages is None else PAGES_METRIC
     pages = pages or draw_text_pages(TextSettings(img_size_px=how.img_size_px, seed=seed))
     reading = reading or Reading()
     split = pages.split(seed)
@@ -102,7 +106,8 @@ def ocr_scores(
         "lines": {"fit": len(split.fit), "select": len(split.select), "test": len(split.test)},
         "steps_per_column": steps_per_column,
     }
-    return _scores(pages, split.test, edits, settings)
+    blind = constant_text_error([texts[row] for row in split.fit], [texts[row] for row in split.test], edit_distances)
+    return _scores(metric, pages, split.test, edits, settings, blind)
 
 
 def edit_distances(predictions: list[str], texts: list[str]) -> FloatArray:
@@ -112,7 +117,9 @@ def edit_distances(predictions: list[str], texts: list[str]) -> FloatArray:
     return edit_distance(predictions, texts, reduction="none").double().numpy()
 
 
-def _scores(pages: TextPages, test: IntArray, edits: FloatArray, settings: dict[str, Any]) -> list[RungScore]:
+def _scores(
+    metric: str, pages: TextPages, test: IntArray, edits: FloatArray, settings: dict[str, Any], blind: float
+) -> list[RungScore]:
     lengths = np.asarray([len(pages.lines[row].text) for row in test], dtype=np.float64)
     sizes = np.asarray([pages.lines[row].size_px for row in test])
     scores: list[RungScore] = []
@@ -120,8 +127,9 @@ def _scores(pages: TextPages, test: IntArray, edits: FloatArray, settings: dict[
         keep = np.ones(len(test), dtype=np.bool_) if size is None else sizes == size
         parts = PerImage(test[keep], edits[keep, None], lengths[keep, None], pages.groups[test[keep]])
         at = None if size is None else (pages.axis, float(size))
-        title = "OCR, character error rate"
-        scores.append(RungScore(METRIC, title, "error_rate", parts, settings, at, data=pages.data))
+        title = "OCR, character error rate" if metric == METRIC else "OCR of the given pages, character error rate"
+        floor = blind if size is None else None
+        scores.append(RungScore(metric, title, "error_rate", parts, settings, at, data=pages.data, blind=floor))
     return scores
 
 

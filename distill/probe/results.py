@@ -13,11 +13,12 @@ At = tuple[str, float]
 
 @dataclass(frozen=True)
 class MetricInfo:
-    """How a metric is named, written and judged; `kind` as in `distill.probe.rung.Kind`."""
+    """How a metric is named, written and judged; `kind` and `blind` as in `distill.probe.rung`."""
 
     title: str
     kind: str
     lower_is_better: bool = False
+    blind: float | None = None
 
 
 KNOWN_METRICS = {

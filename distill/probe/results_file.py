@@ -56,7 +56,13 @@ def _results(loaded: dict[str, Any], folder: Path) -> ProbeResults:
     settings |= {key: ", ".join(map(str, loaded[key])) for key in ("rungs", "layers") if loaded.get(key)}
     metrics = dict(KNOWN_METRICS)
     for name, entry in dict(loaded.get("metrics") or {}).items():
-        metrics[name] = MetricInfo(str(entry["title"]), str(entry["kind"]), bool(entry["lower_is_better"]))
+        blind = entry.get("blind")
+        metrics[name] = MetricInfo(
+            str(entry["title"]),
+            str(entry["kind"]),
+            bool(entry["lower_is_better"]),
+            None if blind is None else float(blind),
+        )
     data = dict(loaded["data"])
     per_image: Any = loaded.get("per_image")
     return ProbeResults(

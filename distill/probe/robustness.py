@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from distill.data.decode import decode_jpeg_rgb
 from distill.data.transforms import square_view
 from distill.errors import ConfigError, DataError
+from distill.probe.blind import commonest_class_accuracy
 from distill.probe.cohort import Cohort
 from distill.probe.extraction import Extraction, pool_layer
 from distill.probe.intervals import FloatArray
@@ -249,7 +250,8 @@ def _scores(
             cohort.rows[test], values[:, None], np.ones((len(test), 1)), cohort.groups[test], cohort.domains[test]
         )
         place = (point.axis, point.x)
-        return RungScore(metric, title, kind, parts, settings, place, cohort.domain_names, cohort.data)
+        blind = commonest_class_accuracy(cohort.targets, cohort.labelled.fit, test) if kind == "accuracy" else None
+        return RungScore(metric, title, kind, parts, settings, place, cohort.domain_names, cohort.data, blind=blind)
 
     return [
         score(ACCURACY_METRIC, "Linear probe on changed images, top-1", "accuracy", correct),

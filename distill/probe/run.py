@@ -23,6 +23,7 @@ from distill.probe.ranks import alone, is_first, mask_from_first, process_group
 from distill.probe.scores import compare, metrics_of
 from distill.probe.session import Judged, Plan, judge
 from distill.probe.tables import print_tables
+from distill.probe.text_lines import TextPages, read_text_pages
 
 
 def probe(
@@ -34,6 +35,8 @@ def probe(
     domains: list[str] | None = None,
     rungs: list[Rung] | None = None,
     layers: str = "-1",
+    text_lines: Path | None = None,
+    text_pages: int = 200,
     train: str | None = None,
     leaks: LeakAction = "report",
     cache: Path | None = None,
@@ -64,6 +67,9 @@ def probe(
         rungs: which probes, of linear, knn, fidelity, sgd, attentive, few_shot, calibration, segmentation, ocr, chart
             and robustness; all that the data allows when left out.
         layers: hidden states to judge, counted from the end, for example --layers=-2,-1.
+        text_lines: a manifest of JSON lines with pages of text (path, lines: [x0, y0, x1, y1, text]; group, if wanted)
+            that the rung ocr reads beside the drawn ones.
+        text_pages: at most this many of them, in the manifest's order.
         train: shards that were trained on, to find probed images among them; a run's own data.train when left out.
         leaks: report says how many there are, exclude leaves them out, off does not look.
         cache: folder to keep features in, under a key of all they depend on; none are kept when left out.
@@ -89,6 +95,7 @@ def probe(
     if seed < 0:
         raise ConfigError(f"--seed {seed} must be 0 or more.")
     target, wanted = _target(encoder, out), _layers(layers)
+    pages = _pages(text_lines, text_pages, rungs, img_size_px)
     with process_group():
         start = time.perf_counter()
         console = Console(quiet=not is_first())
@@ -101,7 +108,7 @@ def probe(
         _announce(encoders, console)
         place = choose_device(device)
         how = Extraction(batch_size, place, choose_dtype(precision, place), num_workers, pool, img_size_px, seed)
-        judged = judge(encoders, probed, rows, how, Plan(wanted, rungs, kept), console)
+        judged = judge(encoders, probed, rows, how, Plan(wanted, rungs, kept, pages), console)
         if judged is not None:
             result = _result(encoders, judged, probed, check, how)
             result["wall_s"] = round(time.perf_counter() - start, 1)
@@ -129,6 +136,17 @@ def _layers(text: str) -> tuple[int, ...]:
     if max(numbers) > -1:
         raise ConfigError(f"--layers {text}: layers are counted from the end, -1 being the last.")
     return tuple(sorted({-1, *numbers}))
+
+
+def _pages(manifest: Path | None, max_pages: int, rungs: Sequence[Rung] | None, img_size_px: int) -> TextPages | None:
+    """The pages of `--text_lines`, read before hours are spent."""
+    if manifest is None:
+        return None
+    if rungs is not None and "ocr" not in rungs:
+        raise ConfigError(f"--text_lines {manifest} is for the rung ocr, which --rungs {', '.join(rungs)} leaves out.")
+    if max_pages < 1:
+        raise ConfigError(f"--text_pages {max_pages} must be at least 1.")
+    return read_text_pages(manifest, img_size_px=img_size_px, max_pages=max_pages)
 
 
 def _rows(

@@ -57,6 +57,8 @@ class RungScore:
         data: fingerprint of the images, so that only equal ones are paired.
         draws: `[draws, n]`, each image's value for each draw of the training images; its mean over draws is the
             numerator, and intervals resample draws too. None where nothing was drawn.
+        blind: what the best constant answer scores, learnt from the images that are trained on: the commonest class,
+            for example. None where there is no such answer.
     """
 
     metric: str
@@ -68,6 +70,7 @@ class RungScore:
     domain_names: tuple[str, ...] = ()
     data: str = ""
     draws: FloatArray | None = None
+    blind: float | None = None
 
 
 def ratio_of_sums(numerator: FloatArray, denominator: FloatArray, kind: Kind = "accuracy") -> float:

@@ -115,8 +115,10 @@ def metrics_of(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for encoder in scores.values():
         for score in encoder.rungs:
-            about = {"title": score.title, "kind": score.kind, "lower_is_better": score.kind in LOWER_IS_BETTER}
-            found.setdefault(score.metric, about)
+            better = score.kind in LOWER_IS_BETTER
+            about = {"title": score.title, "kind": score.kind, "lower_is_better": better, "blind": score.blind}
+            if (known := found.setdefault(score.metric, about))["blind"] is None:
+                known["blind"] = score.blind
         if any(entry["metric"] == "cka" for entry in encoder.entry["scores"]):
-            found.setdefault("cka", {"title": CKA_TITLE, "kind": "cosine", "lower_is_better": False})
+            found.setdefault("cka", {"title": CKA_TITLE, "kind": "cosine", "lower_is_better": False, "blind": None})
     return found

@@ -29,6 +29,7 @@ from distill.probe.probe_set import ProbeSet
 from distill.probe.ranks import alone, is_first
 from distill.probe.score_intervals import score_entries
 from distill.probe.scores import Reference, Scores, score_encoder
+from distill.probe.text_lines import TextPages
 
 TOKEN_BYTES = 1 << 30
 """Memory for one encoder's tokens of either kind; fewer tokens an image are kept when it does not suffice."""
@@ -47,11 +48,13 @@ class Plan:
         layers: hidden states, counted from the end, ascending.
         rungs: which to climb; None means all that the data allows.
         cache: where features are kept.
+        pages: text lines for the rung "ocr" to read beside the drawn ones.
     """
 
     layers: tuple[int, ...]
     rungs: Sequence[Rung] | None
     cache: FeatureCache | None
+    pages: TextPages | None = None
 
 
 @dataclass
@@ -184,7 +187,14 @@ class _Session:
             with self._timed(entry.name, rung):
                 self.console.print(f"Rung {rung} of {entry.name}", markup=False)
                 found = further_scores(
-                    rung, entry.module, self.how, self.console, cohort=cohort, data=self.data, pooled=features.pooled
+                    rung,
+                    entry.module,
+                    self.how,
+                    self.console,
+                    cohort=cohort,
+                    data=self.data,
+                    pooled=features.pooled,
+                    pages=self.plan.pages,
                 )
                 scores = scores.with_rungs(found, self.how.seed)
         self.scores[entry.name] = scores

@@ -34,7 +34,13 @@ def print_tables(result: dict[str, Any], console: Console) -> None:
 def _title(about: dict[str, Any]) -> str:
     unit = " in %" if about["kind"] in _PER_CENT else ""
     better = ", lower is better" if about["lower_is_better"] else ""
-    return escape(f"{about['title']}{unit}{better}  [95 % interval]")
+    blind = about.get("blind")
+    guess = "" if blind is None else f"; without looking at the image {_number(blind, about['kind'])}"
+    return escape(f"{about['title']}{unit}{better}{guess}  [95 % interval]")
+
+
+def _number(value: float, kind: str) -> str:
+    return f"{100 * value:.1f}" if kind in _PER_CENT else f"{value:.3f}"
 
 
 def _print_figures(
@@ -94,11 +100,10 @@ def _table(title: str, columns: list[str]) -> Table:
 
 
 def _cell(entry: dict[str, Any], kind: str) -> str:
-    scale, digits = (100, 1) if kind in _PER_CENT else (1, 3)
-    value = f"{scale * entry['value']:.{digits}f}"
+    value = _number(entry["value"], kind)
     if entry["low"] is None or entry["high"] is None:
         return value
-    return f"{value} \\[{scale * entry['low']:.{digits}f}, {scale * entry['high']:.{digits}f}]"
+    return f"{value} \\[{_number(entry['low'], kind)}, {_number(entry['high'], kind)}]"
 
 
 def _print_paired(

@@ -55,7 +55,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ScoreGroup:
-    """The rows of one metric; `note` tells the seed."""
+    """The rows of one metric; `note` tells the seed and what a guess scores."""
 
     title: str
     note: str
@@ -107,7 +107,7 @@ def score_groups(probe: ProbeResults | None, *, secondary: bool = False) -> list
             for encoder, scores in found
         )
         if rows:
-            note = _seed_note(probe, [score for _, scores in found for score in scores.values()])
+            note = _note(probe, info, [score for _, scores in found for score in scores.values()])
             groups.append(ScoreGroup(chart_title(info), note, rows))
     return groups
 
@@ -119,11 +119,14 @@ def _cell(score: Score | None, info: MetricInfo) -> Cell:
     return Cell(score_text(info.kind, score.value), interval_text(info.kind, score.low, score.high), count)
 
 
-def _seed_note(probe: ProbeResults, scores: Sequence[Score]) -> str:
+def _note(probe: ProbeResults, info: MetricInfo, scores: Sequence[Score]) -> str:
     seeds = sorted({score.seed for score in scores if score.seed is not None})
     if not seeds and isinstance(probe.settings.get("seed"), int):
         seeds = [int(probe.settings["seed"])]
-    return "seed " + ", ".join(map(str, seeds)) if seeds else ""
+    known = ["seed " + ", ".join(map(str, seeds))] if seeds else []
+    if info.blind is not None:
+        known.append(f"without looking at the image {score_text(info.kind, info.blind)}")
+    return "; ".join(known)
 
 
 def axis_tables(probe: ProbeResults | None) -> list[AxisTable]:
@@ -146,8 +149,8 @@ def axis_tables(probe: ProbeResults | None) -> list[AxisTable]:
             if curves[entry.name]
         )
         if rows:
-            seeds = _seed_note(probe, [score for curve in curves.values() for score in curve.values()])
-            group = ScoreGroup(chart_title(info), seeds, rows)
+            note = _note(probe, info, [score for curve in curves.values() for score in curve.values()])
+            group = ScoreGroup(chart_title(info), note, rows)
             tables.append(AxisTable(chart_title(info), axis_title(axis), tuple(map(axis_text, points)), group))
     return tables
 

@@ -81,6 +81,7 @@ def test_an_encoder_that_gives_noise_is_at_the_majority_baseline() -> None:
     test = scenes.masks[torch.from_numpy(drawn_split(60).test)]
     majority = float((test == 0).double().mean()) / len(CLASSES)
     assert value_of(score) < majority + 0.03
+    assert score.blind == pytest.approx(majority)
 
 
 def test_masks_of_one_class_are_refused() -> None:
@@ -122,8 +123,10 @@ def test_an_encoder_that_gives_noise_reads_no_better_than_a_constant_guess() -> 
     score = ocr.ocr_scores(encoder, how(128), 0, QUIET, pages, replace(READING, epochs=10))[0]
     texts = [pages.lines[row].text for row in score.per_image.rows]
     guesses = ["", *("7" * length for length in range(1, 6))]
-    best = min(ocr.edit_distances([guess] * len(texts), texts).sum() for guess in guesses)
-    assert value_of(score) > best / sum(map(len, texts)) - 0.1
+    best = min(ocr.edit_distances([guess] * len(texts), texts).sum() for guess in guesses) / sum(map(len, texts))
+    assert score.blind is not None
+    assert best - 0.05 < score.blind < 1
+    assert value_of(score) > score.blind - 0.1
 
 
 def value_maps(values: np.ndarray, types: Tensor) -> Tensor:
@@ -145,8 +148,11 @@ def test_an_encoder_that_gives_type_and_values_is_read_perfectly() -> None:
 
 def test_an_encoder_that_gives_noise_has_chance_accuracy_and_no_variance_explained() -> None:
     charts = draw_charts(CHARTS)
-    top1, r2, _ = chart.chart_scores(LookupEncoder(charts.images, noise(240, 4, 4, 6)), how(64), 0, QUIET, CHARTS)
+    encoder = LookupEncoder(charts.images, noise(240, 4, 4, 6))
+    top1, r2, error = chart.chart_scores(encoder, how(64), 0, QUIET, CHARTS)
     chance = 1 / len(TYPES)
+    assert top1.blind == pytest.approx(chance)
+    assert error.blind == pytest.approx(value_of(error), rel=0.1)
     assert abs(value_of(top1) - chance) < 4 * np.sqrt(chance * (1 - chance) / len(top1.per_image.rows))
     assert value_of(r2) <= 0.02
 
