@@ -12,7 +12,7 @@ from distill.errors import DistillError
 from distill.planner.recipe import Recipe
 
 PCA_DIMS = (512, 256)
-_SCALE_BYTES = 2
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def cache_bytes_per_image(
 
     Returns:
         "none" as computed, "fp16", "int8" at full width, and "int8 PCA-r" with r of D dimensions; the int8 formats
-        have a scale of 2 bytes a token.
+        have a float32 scale a token, as `distill cache` writes them.
     """
     numbers = {name: size // dtypes[name].itemsize for name, size in target_bytes.items()}
     tokens = {name: count // widths[name] for name, count in numbers.items()}

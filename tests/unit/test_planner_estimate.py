@@ -92,9 +92,9 @@ def test_cache_formats_follow_from_tokens_and_width() -> None:
     assert sizes == {
         "none": 40960,
         "fp16": 40960,
-        "int8": 20 * (1024 + 2),
-        "int8 PCA-512": 20 * (512 + 2),
-        "int8 PCA-256": 20 * (256 + 2),
+        "int8": 20 * (1024 + 4),
+        "int8 PCA-512": 20 * (512 + 4),
+        "int8 PCA-256": 20 * (256 + 4),
     }
 
 
