@@ -29,6 +29,8 @@ INPUT_NAME = "pixel_values"
 PATCHES_NAME = "patch_tokens"
 PREFIX_NAME = "prefix_tokens"
 SIGNATURE_FILE = "preprocessor.json"
+BATCHES = (2, 5)
+"""Sizes that a graph of any batch is tried with: two, so that neither can be written into it."""
 MAX_BATCH = 1024
 """Largest batch a graph is exported for; a bound lets the tracer prove its shapes."""
 
@@ -226,7 +228,7 @@ def as_layer(outputs: list[Tensor], directory: Path) -> Layer:
 
 
 def check_batches(single: Layer, of_batch: Any, pixel_values: Tensor, min_cosine: float, who: str) -> None:
-    """Return when images in a batch of 2 and of 13 get the features they get alone.
+    """Return when images in a batch of 2 and of 5 get the features they get alone.
 
     Args:
         single: the last layer of `pixel_values` alone.
@@ -240,7 +242,7 @@ def check_batches(single: Layer, of_batch: Any, pixel_values: Tensor, min_cosine
     """
     shifted = pixel_values.roll(7, dims=-1)
     alone = of_batch(shifted)
-    for size in (2, 13):
+    for size in BATCHES:
         images = torch.cat([pixel_values, *[pixel_values.roll(5 * i, dims=-2) for i in range(1, size - 1)], shifted])
         prefix, patches = of_batch(images)
         for row, expected in ((0, single), (size - 1, alone)):

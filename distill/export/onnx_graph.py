@@ -227,7 +227,7 @@ def variants(directory: Path) -> tuple[Variant, ...]:
 
 
 def consumer_features(directory: Path, variant: str, pixel_values: Tensor, num_layers: int) -> ConsumerFeatures:
-    """Return the last layer by ONNX Runtime on the CPU, having run batches of 2 and 13 as well.
+    """Return the last layer by ONNX Runtime on the CPU, having run batches of 2 and 5 as well.
 
     Raises:
         ExportError: a batch changes an image's features.

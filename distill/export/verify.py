@@ -28,6 +28,9 @@ from distill.export.targets import find_target
 
 __all__ = ["TOLERANCE", "VariantProof", "Verification", "verify_export"]
 
+TIMEOUT_S = 3600.0
+"""A hung consumer ends some time; verifying four graphs of 304M parameters takes minutes on slow cores."""
+
 
 @dataclass(frozen=True)
 class VariantProof:
@@ -41,7 +44,7 @@ class VariantProof:
         tolerance: what it was allowed to be; None where only the cosine is bounded.
         min_cosine: smallest cosine of any token with the encoder's.
         cosine_bound: what it had to reach; None where only the difference is bounded.
-        latency_ms: median of five passes at batch 1 on this machine's CPU; None where it could not be timed.
+        latency_ms: median of up to five passes at batch 1 on this machine's CPU; None where it could not be timed.
     """
 
     name: str
@@ -83,7 +86,7 @@ class _Response:
     seconds: float
 
 
-def verify_export(directory: Path, *, timeout_s: float = 900.0) -> Verification:
+def verify_export(directory: Path, *, timeout_s: float = TIMEOUT_S) -> Verification:
     """Return what the consumer's own class makes of an export, having compared it with the golden features.
 
     Args:
