@@ -212,7 +212,7 @@ def _train(
     for at, (lr, weight_decay) in enumerate(settings):
         for parameters, decay in _by_decay(heads.parameters_of(at), weight_decay):
             groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
-    optimizer = torch.optim.AdamW(groups, foreach=True)
+    optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps))
     generator = np.random.default_rng([seed, len(positions)])
     batch_size = min(BATCH_SIZE, len(positions))

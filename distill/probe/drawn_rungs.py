@@ -9,6 +9,7 @@ from distill.probe.chart import chart_scores
 from distill.probe.cohort import Cohort
 from distill.probe.extraction import Extraction
 from distill.probe.ladder import Rung
+from distill.probe.linear import LinearResult
 from distill.probe.ocr import ocr_scores
 from distill.probe.probe_set import ProbeSet
 from distill.probe.robustness import robustness_scores
@@ -30,6 +31,7 @@ def further_scores(
     data: ProbeSet,
     pooled: Tensor,
     pages: TextPages | None = None,
+    linear: LinearResult | None = None,
 ) -> list[RungScore]:
     """Climb one of `FURTHER`.
 
@@ -42,6 +44,7 @@ def further_scores(
         data: the probe set.
         pooled: `[N, D]`, the encoder's features of the cohort's images.
         pages: text lines to read beside the drawn ones.
+        linear: the linear probe of `pooled`; trained again when left out.
 
     Raises:
         ConfigError: the encoder refuses images of a size that the rung needs.
@@ -56,5 +59,5 @@ def further_scores(
     if rung == "chart":
         return chart_scores(encoder, how, how.seed, console)
     if rung == "robustness":
-        return robustness_scores(encoder, how, how.seed, console, cohort, data, pooled)
+        return robustness_scores(encoder, how, how.seed, console, cohort, data, pooled, linear=linear)
     raise ValueError(f"{rung} is none of {', '.join(FURTHER)}")

@@ -71,7 +71,7 @@ def choose_rungs(asked: Sequence[Rung] | None, *, has_labels: bool, has_teacher:
 
 def classification_scores(
     features: Features, cohort: Cohort, rungs: Sequence[Rung], layers: Sequence[int]
-) -> tuple[list[RungScore], dict[str, dict[str, Any]]]:
+) -> tuple[list[RungScore], dict[str, dict[str, Any]], LinearResult | None]:
     """Climb the rungs that classify the cohort's labelled images.
 
     Args:
@@ -81,7 +81,8 @@ def classification_scores(
         layers: with more than one, the linear and kNN probes give a point of a curve for each layer.
 
     Returns:
-        The scores, and the chosen settings of the rungs "linear" and "knn".
+        The scores, the chosen settings of the rungs "linear" and "knn", and the last layer's linear probe, if a rung
+        asked for it.
     """
     board = _Board(cohort)
     chosen: dict[str, dict[str, Any]] = {}
@@ -100,7 +101,7 @@ def classification_scores(
         if score.at is None:
             chosen[score.metric] = dict(score.settings)
     _further(board, features, rungs, linear)
-    return board.scores, chosen
+    return board.scores, chosen, linear
 
 
 def _further(board: _Board, features: Features, rungs: Sequence[Rung], linear: LinearResult | None) -> None:

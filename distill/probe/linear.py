@@ -49,6 +49,7 @@ class LinearResult(Classified):
         select_logits: `[n_select, K]`, of the classifier of this C that was fitted on the fit split alone: what a
             temperature may be fitted on.
         test_logits: `[n_test, K]`, of the scored classifier.
+        model: the scored classifier, for features standardised by the fit split.
     """
 
     c: float
@@ -57,39 +58,12 @@ class LinearResult(Classified):
     gradient_norm: float
     select_logits: Tensor
     test_logits: Tensor
+    model: LogisticModel
 
     @property
     def settings(self) -> dict[str, Any]:
         """The chosen C and how well the scored fit converged."""
         return {"C": self.c, "objective": self.objective, "gradient_norm": self.gradient_norm}
-
-
-def fit_logistic(
-    features: Tensor,
-    targets: Tensor,
-    *,
-    num_classes: int,
-    c: float,
-    start: LogisticModel | None = None,
-    max_iter: int = MAX_ITER,
-    tolerance: float = 1e-6,
-) -> LogisticModel:
-    """Fit multinomial logistic regression by full-batch L-BFGS, in the features' precision.
-
-    Args:
-        features: `[N, D]`, best standardised; anything but float64 is computed in float32.
-        targets: `[N]`, int64, in [0, num_classes).
-        num_classes: number of classes, K.
-        c: inverse regularisation strength, above 0.
-        start: a solution to start from; None starts from zero.
-        max_iter: limit on the iterations.
-        tolerance: stops when no entry of the gradient of the objective divided by `C * N` is larger.
-
-    Raises:
-        ValueError: `c` is not above 0, or a target is out of range.
-    """
-    problem = LogisticProblem(_floating(features), targets, num_classes)
-    return problem.solve(c, start, tolerance=tolerance, max_iter=max_iter)
 
 
 def fit_path(
@@ -174,6 +148,7 @@ def linear_probe(features: Tensor, targets: Tensor, split: Split, *, num_classes
         gradient_norm=final.gradient_norm,
         select_logits=models[best].logits(x_select).float(),
         test_logits=logits,
+        model=final,
     )
 
 

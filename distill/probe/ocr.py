@@ -222,7 +222,9 @@ class _Trainer:
     ) -> None:
         self.head, self.columns, self.texts = head, columns, texts
         self.characters, self.reading, self.device = characters, reading, device
-        self.optimizer = torch.optim.AdamW(head.parameters(), lr=reading.lr, weight_decay=reading.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            head.parameters(), lr=reading.lr, weight_decay=reading.weight_decay, fused=True
+        )
         self.schedule: torch.optim.lr_scheduler.OneCycleLR | None = None
 
     def train_epoch(self, rows: Tensor) -> None:

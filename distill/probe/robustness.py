@@ -29,7 +29,7 @@ from distill.probe.blind import commonest_class_accuracy
 from distill.probe.cohort import Cohort
 from distill.probe.extraction import Extraction, pool_layer
 from distill.probe.intervals import FloatArray
-from distill.probe.linear import fit_logistic, linear_probe, standardise
+from distill.probe.linear import LinearResult, linear_probe, standardise
 from distill.probe.logistic import LogisticModel
 from distill.probe.probe_set import ProbeSet
 from distill.probe.protocol import IntArray
@@ -89,6 +89,7 @@ def robustness_scores(
     data: ProbeSet,
     clean: Tensor | None = None,
     changes: Changes | None = None,
+    linear: LinearResult | None = None,
 ) -> list[RungScore]:
     """Return accuracy and cosine with the clean feature at each change of the labelled test images.
 
@@ -101,6 +102,7 @@ def robustness_scores(
         data: where pixels are.
         clean: `[N, D]`, pooled features of the unchanged images, in the cohort's order; taken again when left out.
         changes: what is done to the test images.
+        linear: the linear probe of the clean features; trained when left out.
 
     Raises:
         ConfigError: the encoder refuses a size that `changes` names.
@@ -114,11 +116,14 @@ def robustness_scores(
         taken = _pooled(encoder, how, _views(data, cohort, seen, _resized(how.img_size_px)), console, "clean images")
         clean = taken.new_zeros(len(cohort.targets), taken.shape[1])
         clean[torch.from_numpy(seen)] = taken
-    probe = _Probe.train(clean, cohort)
+    probe = _Probe.of(clean, cohort, linear)
     scores: list[RungScore] = []
     for point in _points(changes, encoder, how, console):
-        views = _views(data, cohort, test, point.change)
-        features = _pooled(encoder, how, views, console, f"{point.axis} {point.x:g}")
+        if (point.axis, point.x) == (RESOLUTION, how.img_size_px):
+            features = clean[torch.from_numpy(test)]
+        else:
+            views = _views(data, cohort, test, point.change)
+            features = _pooled(encoder, how, views, console, f"{point.axis} {point.x:g}")
         scores += _scores(point, features, clean, probe, cohort, test)
     return scores
 
@@ -139,15 +144,12 @@ class _Probe:
     mean: Tensor
 
     @classmethod
-    def train(cls, clean: Tensor, cohort: Cohort) -> _Probe:
-        """Choose C on the select part, and fit on fit and select."""
+    def of(cls, clean: Tensor, cohort: Cohort, linear: LinearResult | None) -> _Probe:
+        """Take the linear probe of the clean features, or train it."""
         targets, split = torch.from_numpy(cohort.targets), cohort.labelled
-        num_classes = len(cohort.class_names)
-        c = linear_probe(clean, targets, split, num_classes=num_classes).c
+        linear = linear or linear_probe(clean, targets, split, num_classes=len(cohort.class_names))
         fit = clean[torch.from_numpy(split.fit)]
-        both = torch.from_numpy(np.concatenate([split.fit, split.select]))
-        model = fit_logistic(standardise(clean[both], fit), targets[both], c=c, num_classes=num_classes)
-        return cls(model, fit, fit.mean(0))
+        return cls(linear.model, fit, fit.mean(0))
 
     def classify(self, features: Tensor) -> Tensor:
         """Return classes `[n]`."""

@@ -14,6 +14,7 @@ from distill.probe.cohort import OVERALL, Cohort
 from distill.probe.feature_records import LAST, Features, Grid
 from distill.probe.fidelity_scores import CKA_TITLE, cka_entries, fidelity_block, fidelity_scores
 from distill.probe.ladder import Rung, classification_scores
+from distill.probe.linear import LinearResult
 from distill.probe.rung import LOWER_IS_BETTER, RungScore
 from distill.probe.score_intervals import paired_entries, score_entries
 
@@ -36,15 +37,17 @@ class Scores:
     Attributes:
         entry: the keys "linear", "knn", "fidelity" and "scores".
         rungs: every figure with its parts by image.
+        linear: the last layer's linear probe, if a rung asked for it.
     """
 
     entry: dict[str, Any]
     rungs: list[RungScore]
+    linear: LinearResult | None = None
 
     def with_rungs(self, further: Sequence[RungScore], seed: int) -> Scores:
         """Return these scores and further ones."""
         entries = [entry for score in further for entry in score_entries(score, seed=seed)]
-        return Scores({**self.entry, "scores": [*self.entry["scores"], *entries]}, [*self.rungs, *further])
+        return Scores({**self.entry, "scores": [*self.entry["scores"], *entries]}, [*self.rungs, *further], self.linear)
 
 
 def score_encoder(
@@ -61,8 +64,9 @@ def score_encoder(
     """
     entry: dict[str, Any] = {"linear": None, "knn": None, "fidelity": None, "scores": []}
     found: list[RungScore] = []
+    linear: LinearResult | None = None
     if cohort.class_names:
-        found, chosen = classification_scores(features, cohort, rungs, layers)
+        found, chosen, linear = classification_scores(features, cohort, rungs, layers)
         entries = [item for score in found for item in score_entries(score, seed=cohort.seed)]
         entry["scores"] = entries
         for block, metric in (("linear", "linear_top1"), ("knn", "knn_top1")):
@@ -75,7 +79,7 @@ def score_encoder(
         entry["fidelity"] = fidelity_block(reference.name, by_layer[LAST], entries, reference.grid, tokens_per_image)
         entry["scores"] = [*entry["scores"], *entries]
         found = [*found, *compared]
-    return Scores(entry, found)
+    return Scores(entry, found, linear)
 
 
 def _accuracy_block(

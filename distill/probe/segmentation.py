@@ -160,7 +160,9 @@ class _Step:
 
     def __init__(self, layer: nn.Module, segmenting: Segmenting, num_images: int) -> None:
         self.layer = layer
-        self.optimizer = torch.optim.AdamW(layer.parameters(), segmenting.lr, weight_decay=segmenting.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            layer.parameters(), segmenting.lr, weight_decay=segmenting.weight_decay, fused=True
+        )
         total = -(-num_images // segmenting.batch_images) * segmenting.epochs
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, segmenting.lr, total_steps=total)
 

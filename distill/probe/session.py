@@ -195,6 +195,7 @@ class _Session:
                     data=self.data,
                     pooled=features.pooled,
                     pages=self.plan.pages,
+                    linear=scores.linear,
                 )
                 scores = scores.with_rungs(found, self.how.seed)
         self.scores[entry.name] = scores

@@ -131,7 +131,7 @@ def test_layers_give_curves_beside_the_last_ones_figures(judged: dict[str, Score
 
 def test_expected_calibration_error_is_torchmetrics(cohort: Cohort) -> None:
     features = features_of(random_tokens(2) + 0.5 * oracle_tokens())
-    scores, _ = classification_scores(features, cohort, ["calibration"], (-1,))
+    scores, _, _ = classification_scores(features, cohort, ["calibration"], (-1,))
     (ece,) = [score for score in scores if score.metric == "ece"]
     targets = torch.from_numpy(cohort.targets)
     found = linear_probe(features.pooled, targets, cohort.labelled, num_classes=K)

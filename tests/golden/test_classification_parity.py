@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from distill.probe.calibration import fit_temperature, measure_calibration
 from distill.probe.knn import KS, TEMPERATURE, knn_predict, knn_probe
-from distill.probe.linear import fit_logistic, linear_probe, standardise
+from distill.probe.linear import MAX_ITER, linear_probe, standardise
+from distill.probe.logistic import LogisticProblem
 from distill.probe.protocol import Split, split_by_group
 
 NUM_CLASSES = 10
@@ -38,7 +39,8 @@ def test_logistic_coefficients_and_accuracy_are_scikit_learns(
     features, targets, split = data
     x = standardise(features.to(dtype), features[split.fit])
     tolerance = 1e-6 if dtype == torch.float32 else 1e-10  # single precision ends near 1e-7
-    ours = fit_logistic(x[split.fit], targets[split.fit], num_classes=NUM_CLASSES, c=c, tolerance=tolerance)
+    problem = LogisticProblem(x[split.fit], targets[split.fit], NUM_CLASSES)
+    ours = problem.solve(c, None, tolerance=tolerance, max_iter=MAX_ITER)
     assert ours.gradient_norm <= tolerance
     wide = x.double().numpy()
     theirs = LogisticRegression(C=c, tol=1e-9, max_iter=5000).fit(wide[split.fit], targets[split.fit].numpy())

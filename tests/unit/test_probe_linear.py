@@ -8,7 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from distill.probe.linear import fit_logistic, linear_probe, standardise
+from distill.probe.linear import MAX_ITER, linear_probe, standardise
+from distill.probe.logistic import LogisticModel, LogisticProblem
 from distill.probe.protocol import Split, split_by_group
 
 NUM_CLASSES = 5
@@ -22,6 +23,10 @@ def clusters(n: int, dim: int, distance: float, seed: int) -> tuple[torch.Tensor
     return (centres[targets] + torch.randn(n, dim, generator=generator)) * scales + 3, targets
 
 
+def fit(x: torch.Tensor, targets: torch.Tensor, c: float, start: LogisticModel | None = None) -> LogisticModel:
+    return LogisticProblem(x, targets, NUM_CLASSES).solve(c, start, tolerance=1e-6, max_iter=MAX_ITER)
+
+
 def split_of(targets: torch.Tensor, seed: int = 0) -> Split:
     return split_by_group([""] * len(targets), targets.numpy(), seed=seed)
 
@@ -30,11 +35,11 @@ def split_of(targets: torch.Tensor, seed: int = 0) -> Split:
 def test_objective_and_accuracy_agree_with_scikit_learn_at_the_same_c(c: float) -> None:
     features, targets = clusters(1500, 16, 0.7, seed=1)
     x = standardise(features, features[:750])
-    fit, test = slice(0, 750), slice(750, 1500)
-    ours = fit_logistic(x[fit], targets[fit], num_classes=NUM_CLASSES, c=c)
-    theirs = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(x[fit].numpy(), targets[fit].numpy())
+    train, test = slice(0, 750), slice(750, 1500)
+    ours = fit(x[train], targets[train], c)
+    theirs = LogisticRegression(C=c, max_iter=2000, tol=1e-8).fit(x[train].numpy(), targets[train].numpy())
     weight, bias = torch.from_numpy(theirs.coef_), torch.from_numpy(theirs.intercept_)
-    loss = F.cross_entropy(x[fit] @ weight.T + bias, targets[fit], reduction="sum")
+    loss = F.cross_entropy(x[train] @ weight.T + bias, targets[train], reduction="sum")
     reference = float(weight.square().sum() / 2 + c * loss)
     assert ours.objective == pytest.approx(reference, rel=1e-3)
     accuracy = float((ours.logits(x[test]).argmax(1) == targets[test]).double().mean())
@@ -44,9 +49,9 @@ def test_objective_and_accuracy_agree_with_scikit_learn_at_the_same_c(c: float) 
 def test_a_warm_start_reaches_the_solution_of_a_cold_one() -> None:
     features, targets = clusters(200, 8, 0.5, seed=2)
     x = standardise(features, features)
-    strong = fit_logistic(x, targets, num_classes=NUM_CLASSES, c=1e-3)
-    warm = fit_logistic(x, targets, num_classes=NUM_CLASSES, c=1.0, start=strong)
-    cold = fit_logistic(x, targets, num_classes=NUM_CLASSES, c=1.0)
+    strong = fit(x, targets, 1e-3)
+    warm = fit(x, targets, 1.0, strong)
+    cold = fit(x, targets, 1.0)
     assert warm.objective == pytest.approx(cold.objective, rel=1e-6)
 
 
@@ -91,11 +96,11 @@ def test_fitting_works_where_gradients_are_switched_off() -> None:
     features, targets = clusters(50, 4, 1.0, seed=6)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = fit_logistic(features, targets, num_classes=NUM_CLASSES, c=0.1)
+        model = fit(features, targets, 0.1)
     assert not model.weight.requires_grad
 
 
 @pytest.mark.parametrize(("c", "target"), [(0.0, 0), (1.0, NUM_CLASSES), (1.0, -1)])
 def test_a_c_of_zero_or_a_target_out_of_range_is_refused(c: float, target: int) -> None:
     with pytest.raises(ValueError, match="must be|is not above"):
-        fit_logistic(torch.randn(3, 2), torch.tensor([0, 1, target]), num_classes=NUM_CLASSES, c=c)
+        fit(torch.randn(3, 2), torch.tensor([0, 1, target]), c)
