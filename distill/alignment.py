@@ -16,6 +16,7 @@ from distill.errors import ConfigError
 from distill.heads import HeadKind, build_head
 from distill.hidden_states import match_grids, pair_last_layers, patch_tokens, shared_prefix
 from distill.losses import Loss, NegativeCosine
+from distill.projected_cosine import projected_cosine
 from distill.standardise import FeatureStatistics, StandardiseMode, Standardiser
 
 
@@ -35,6 +36,8 @@ class AlignmentConfig:
             goes to the patch tokens.
         layer_weights: weight of each paired layer, oldest first; null means equal. They are scaled to sum to 1.
         weight: factor of this alignment in the total loss.
+        chunk_tokens: tokens whose projection is held at a time, where the loss is the negative cosine and the head ends
+            with a linear layer; 0 holds the projections of the whole batch until the backward pass.
     """
 
     student: str
@@ -46,6 +49,7 @@ class AlignmentConfig:
     prefix_weight: float = 0.1
     layer_weights: list[float] | None = None
     weight: float = 1.0
+    chunk_tokens: int = 4096
 
 
 class Alignment(nn.Module):
@@ -105,17 +109,25 @@ class Alignment(nn.Module):
             teacher: hidden states, oldest first, at least K.
         """
         values: dict[str, Tensor] = {}
-        layers = pair_last_layers(student, teacher, self.config.num_layers)
-        patches = self.tokens(student, teacher)
-        for position, ((ours, theirs), (own, target)) in enumerate(zip(layers, patches, strict=True)):
-            value = self.loss.compute(own, target)
+        for position, (ours, theirs) in enumerate(pair_last_layers(student, teacher, self.config.num_layers)):
+            own, target = match_grids(ours[1], theirs[1])
+            value = self._loss(position, patch_tokens(own), patch_tokens(target))
             prefix = shared_prefix(ours[0], theirs[0]) if self.config.prefix_weight > 0 else None
             if prefix is not None:
-                prefix_loss = self.loss.compute(*self._project(position, *prefix))
+                prefix_loss = self._loss(position, *prefix)
                 value = (1 - self.config.prefix_weight) * value + self.config.prefix_weight * prefix_loss
             values[f"loss/{self.layer_names[position]}"] = value
         weighted = [weight * value for weight, value in zip(self.layer_weights, values.values(), strict=True)]
         return {"loss": torch.stack(weighted).sum(), **values}
+
+    def _loss(self, position: int, student: Tensor, teacher: Tensor) -> Tensor:
+        head, standardiser, chunk = self.heads[position], self.standardisers[position], self.config.chunk_tokens
+        if chunk and type(self.loss) is NegativeCosine and isinstance(head, nn.Sequential):
+            *before, projection = head
+            for module in before:
+                student = module(student)
+            return -projected_cosine(student, cast(nn.Linear, projection), teacher, standardiser, chunk)
+        return self.loss.compute(*self._project(position, student, teacher))
 
     def _project(self, position: int, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -139,6 +151,8 @@ def check_alignment(config: AlignmentConfig, student: Encoder, teacher: Encoder,
         raise ConfigError(f"{where}: num_layers {config.num_layers} must be from 1 to {shallower}, the smaller depth.")
     if not 0 <= config.prefix_weight <= 1:
         raise ConfigError(f"{where}: prefix_weight {config.prefix_weight} must be from 0 to 1.")
+    if config.chunk_tokens < 0:
+        raise ConfigError(f"{where}: chunk_tokens {config.chunk_tokens} must be 0, for all at once, or more.")
     weights = config.layer_weights
     if weights is not None and (len(weights) != config.num_layers or min(weights) < 0 or sum(weights) <= 0):
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from distill.checkpoint import read_weights
 from distill.encoder import Encoder, Layer
 from distill.errors import ConfigError
+from distill.teacher_sharding import Company, shard_teachers
 
 
 class FrozenTeachers:
@@ -24,11 +25,16 @@ class FrozenTeachers:
         teachers: encoders by name.
         micro_batch: images a teacher sees at a time; None means all. On a CPU 1 is fastest, since attention scores
             stay in the cache; on a GPU it bounds memory.
+
+    Attributes:
+        is_sharded: whether the teachers' parameters are spread over the ranks of the run.
     """
 
     def __init__(self, teachers: Mapping[str, nn.Module], micro_batch: int | None = None) -> None:
         self._modules = {name: teacher.eval().requires_grad_(False) for name, teacher in teachers.items()}
         self.micro_batch = micro_batch
+        self.is_sharded = False
+        self._company: Company | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenTeachers:
         return self
@@ -43,6 +49,39 @@ class FrozenTeachers:
     def names(self) -> Iterable[str]:
         """The teachers' names."""
         return self._modules.keys()
+
+    def shard(self) -> None:
+        """Spread the teachers over all ranks of the run, block by block, before their weights are read.
+
+        Every rank then has to run them equally often; see `begin_uneven`.
+
+        Raises:
+            ConfigError: a teacher cannot be sharded.
+        """
+        self.is_sharded = shard_teachers(self._modules)
+
+    def begin_uneven(self, data: Any) -> None:
+        """Say that from now on ranks may run sharded teachers unequally often; all ranks have to call this.
+
+        Args:
+            data: its `img_size_px` is the side of the images.
+        """
+        if not self.is_sharded:
+            return
+        side = int(data.img_size_px)
+        names, image = list(self._modules), torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        device = next(self._modules[names[0]].parameters()).device
+
+        def run(number: int) -> None:
+            self.encoder(names[number - 1]).forward_hidden_states(image.to(device), 1)
+
+        self._company = Company(run)
+
+    def end_uneven(self) -> None:
+        """Run the teachers along with ranks that have images left; returns when none has."""
+        if self._company is not None:
+            self._company.leave()
+            self._company = None
 
     def load_weights(self) -> None:
         """Read every teacher's weights.
@@ -78,19 +117,43 @@ class FrozenTeachers:
         """
         try:
             size = self.micro_batch or batch_size or images.shape[0]
-            return {name: chunked(self.encoder(name), images, count, size) for name, count in layers.items()}
+            return {
+                name: chunked(self.encoder(name), images, count, size, before=self._before(name))
+                for name, count in layers.items()
+            }
         except ValueError as error:  # how an encoder refuses images of a size it cannot take
             raise ConfigError(f"A teacher cannot take these images (data.img_size_px). {error}") from error
 
+    def _before(self, name: str) -> Callable[[], None] | None:
+        company = self._company
+        if company is None:
+            return None
+        number = 1 + list(self._modules).index(name)
+        return lambda: company.join(number)
 
-def chunked(teacher: Encoder, images: Tensor, num_layers: int, size: int) -> list[Layer]:
-    """Return the last hidden states of `images`, computed `size` at a time, the last chunk filled by repetition."""
+
+def chunked(
+    teacher: Encoder, images: Tensor, num_layers: int, size: int, *, before: Callable[[], None] | None = None
+) -> list[Layer]:
+    """Return the last hidden states of `images`, computed `size` at a time, the last chunk filled by repetition.
+
+    Args:
+        teacher: the encoder.
+        images: `[B, 3, H, W]`.
+        num_layers: how many.
+        size: images of a forward pass.
+        before: called before each forward pass.
+    """
     count = images.shape[0]
     missing = -count % size
     if missing:
         images = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
     images = images.contiguous(memory_format=torch.channels_last)  # as batches are; kernels round by layout too
-    chunks = [teacher.forward_hidden_states(part, num_layers) for part in images.split(size)]
+    chunks: list[list[Layer]] = []
+    for part in images.split(size):
+        if before is not None:
+            before()
+        chunks.append(teacher.forward_hidden_states(part, num_layers))
     if len(chunks) == 1 and not missing:
         return [(prefix.contiguous(), patches.contiguous()) for prefix, patches in chunks[0]]
     return [

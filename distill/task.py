@@ -16,10 +16,12 @@ from distill.cache.stored import StoredStates, open_states
 from distill.cache.views import STATES_KEY
 from distill.checkpoint import read_weights
 from distill.encoder import Encoder, Layer
+from distill.engine import Engine, EngineConfig, MicroBatch
 from distill.errors import ConfigError
 from distill.finite import finite_samples
 from distill.frozen_teachers import FrozenTeachers
 from distill.gradient_clipping import FusedClipping
+from distill.initial_values import kept_initial_values
 from distill.metrics import DomainCosine
 from distill.optim import OptimConfig, build_optimizer, build_scheduler, parameter_groups
 from distill.roster import as_modules, check_names, layers_needed, refuse_other_weights, refuse_uncalibrated
@@ -40,7 +42,8 @@ class DistillationTask(FusedClipping):
         students: trained encoders by name, each by class_path.
         alignments: who learns from whom and how; null means every student from every teacher with the defaults.
         optimizer: learning rates, weight decay and schedule.
-        teacher_micro_batch: images a teacher sees at a time; null means the whole batch.
+        teacher_micro_batch: images a teacher sees at a time; null means the whole batch, "auto" what is measured to be
+            fastest on a CPU, and the whole batch on other devices.
         teacher_cache_gib: memory, in GiB a process, for the teachers' hidden states of images already seen; 0 keeps
             none. Needs fixed views: data.augment.reencode none and no crops or flips.
         teacher_states: folder that `distill cache` filled for this recipe: the teachers' hidden states are read from
@@ -48,6 +51,7 @@ class DistillationTask(FusedClipping):
             them with those that filled it. null runs the teachers.
         calibration_batches: training batches from which the statistics of standardised targets are taken before the
             first step; used only where an alignment standardises.
+        engine: how steps are run: attention kernels, torch.compile, teachers spread over the ranks.
 
     Raises:
         ConfigError: a name is unknown, a student has no alignment, or an encoder is no module.
@@ -59,24 +63,25 @@ class DistillationTask(FusedClipping):
         students: dict[str, Encoder],
         alignments: list[AlignmentConfig] | None = None,
         optimizer: OptimConfig | None = None,
-        teacher_micro_batch: int | None = None,
+        teacher_micro_batch: MicroBatch = None,
         teacher_cache_gib: float = 0.0,
         calibration_batches: int = 16,
         teacher_states: Path | None = None,
+        engine: EngineConfig | None = None,
     ) -> None:
         super().__init__()
         configs = alignments or [AlignmentConfig(own, other) for own in students for other in teachers]
         teacher_modules, student_modules = as_modules("teachers", teachers), as_modules("students", students)
         check_names(configs, teachers, students)
-        self.teachers = FrozenTeachers(teacher_modules, teacher_micro_batch)
+        self.engine = Engine(engine or EngineConfig(), teacher_micro_batch, remembers_states=teacher_cache_gib > 0)
+        self.teachers = FrozenTeachers(teacher_modules, self.engine.micro_batch)
         self.students = nn.ModuleDict(student_modules)
         self.alignments = nn.ModuleList(
             Alignment(config, students[config.student], teachers[config.teacher]) for config in configs
         )
         self.optimizer_config = optimizer or OptimConfig()
-        self.calibration_batches = calibration_batches
+        self.calibration_batches, self.teacher_states = calibration_batches, teacher_states
         self.memory = HiddenStateMemory(int(teacher_cache_gib * 2**30))
-        self.teacher_states = teacher_states
         self.stored: StoredStates | None = None
         self.initial_metrics: dict[str, float] = {}
         self.teacher_is_finite: dict[str, Tensor] = {}
@@ -93,6 +98,8 @@ class DistillationTask(FusedClipping):
         """
         if self._has_weights:
             return
+        if self.stored is None:
+            self.engine.shard(self.teachers)
         # Lightning makes the GPU the default device here; weights are read, converted and resized on the CPU.
         with torch.device("cpu"):
             if self.stored is None:
@@ -100,6 +107,8 @@ class DistillationTask(FusedClipping):
             for name, student in self.students.items():
                 read_weights(student, f"student {name!r}")
         self._has_weights = True
+        if self.teachers.is_sharded:  # fingerprints then take all ranks, as saving need not
+            self.teacher_fingerprints()
 
     def cpu(self) -> DistillationTask:
         """Move to the CPU; without weights there is nothing to move.
@@ -159,33 +168,31 @@ class DistillationTask(FusedClipping):
         return [alignment for alignment in alignments if alignment.has_comparable_tokens]
 
     def on_fit_start(self) -> None:
-        """Move the teachers to the device and take the statistics that standardised targets need."""
-        self._move_teachers()
+        """Move the teachers to the device, choose kernels, and take the statistics that standardised targets need."""
+        self._prepare_encoders()
         self.calibrate()
 
     def on_train_start(self) -> None:
         """Write a resumed run's initial validation values again, where its folder has no log of the run before."""
-        has_log = any(Path(self.trainer.default_root_dir).glob("metrics-*.csv"))
-        if self.trainer.global_step > 0 and self.initial_metrics and not has_log:
-            for logger in self.loggers:
-                logger.log_metrics(self.initial_metrics, step=0)
+        self.initial_metrics = kept_initial_values(self.trainer, self.initial_metrics)
 
     def on_validation_start(self) -> None:
         """Move the teachers and the metrics to the device, also when validation runs alone."""
-        self._move_teachers()
+        self._prepare_encoders()
+        self.teachers.begin_uneven(cast(Any, self.trainer).datamodule)
         for collection in self._metrics:
             collection.to(self.device)
 
-    def _move_teachers(self) -> None:
+    def _prepare_encoders(self) -> None:
         if self.stored is None:
             self.teachers.to(self.device)
+        self.engine.start(self.trainer, self.teachers if self.stored is None else None, self.students, self.device)
 
     def hidden_states(
         self, batch: Batch, split: Literal["train", "val"]
     ) -> tuple[dict[str, list[Layer]], dict[str, list[Layer]]]:
         """Return the hidden states of every teacher and of every student, as many as their alignments need."""
-        images: Tensor = batch["images"]
-        targets = self._targets(batch, split)
+        images, targets = batch["images"], self._targets(batch, split)
         self.teacher_is_finite = {name: finite_samples(layers) for name, layers in targets.items()}
         try:
             own = {
@@ -239,6 +246,7 @@ class DistillationTask(FusedClipping):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics; before the first step they become the initial values."""
+        self.teachers.end_uneven()
         values: dict[str, Tensor] = {}
         for alignment, collection in zip(self.comparable_alignments(), self._metrics, strict=True):
             layers = {name: cast(DomainCosine, collection[name]).compute() for name in alignment.layer_names}
@@ -247,25 +255,16 @@ class DistillationTask(FusedClipping):
             collection.reset()
         bad, self._non_finite_val_samples = float(self._non_finite_val_samples), 0
         if self.trainer.sanity_checking:
-            self._keep_initial(values)
+            self.initial_metrics = kept_initial_values(self.trainer, self.initial_metrics, values)
         else:
             self.log_dict(values)
             self.log("non_finite/val_samples", bad, reduce_fx="sum", sync_dist=True)
-
-    def _keep_initial(self, values: Mapping[str, Tensor]) -> None:
-        # Lightning logs nothing during its sanity check. Where that check covers the whole validation set and the run
-        # is new, its values are the initial ones.
-        is_whole = list(self.trainer.num_sanity_val_batches) == list(self.trainer.num_val_batches)
-        if self.initial_metrics or self.trainer.global_step > 0 or not is_whole:
-            return
-        self.initial_metrics = {key: float(value) for key, value in values.items()}
-        for logger in self.loggers:
-            logger.log_metrics(self.initial_metrics, step=0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the initial validation values beside the weights, and what tells the teachers."""
         checkpoint["initial_metrics"] = self.initial_metrics
         checkpoint["teacher_fingerprints"] = self.teacher_fingerprints()
+        checkpoint["engine_choices"] = self.engine.choices
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the initial validation values back, and refuse other teachers than the checkpoint's.
@@ -274,6 +273,7 @@ class DistillationTask(FusedClipping):
             WeightsError: a teacher of the same name has other weights.
         """
         self.initial_metrics = checkpoint.get("initial_metrics", {})
+        self.engine.choices = dict(checkpoint.get("engine_choices", {}))
         refuse_other_weights(self.teacher_fingerprints(), checkpoint.get("teacher_fingerprints", {}))
 
     def teacher_fingerprints(self) -> dict[str, str]:

@@ -15,12 +15,14 @@ MAX_VALUES = 4096
 def weights_fingerprint(module: nn.Module) -> str:
     """Return a SHA-256, hex, over names, shapes and evenly spread values of a module's parameters and buffers.
 
-    Values enter as bfloat16, so that a teacher has the same fingerprint in float32 and in bfloat16, on any device.
+    Values enter as bfloat16, so that a teacher has the same fingerprint in float32 and in bfloat16, on any device. A
+    module that is sharded over ranks has that of the whole one; all ranks have to call this then.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().flatten()
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        values = whole.detach().flatten()
         values = values[:: max(1, len(values) // MAX_VALUES)][:MAX_VALUES]
         digest.update(values.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -9,6 +9,7 @@ import inspect
 from typing import Any, Literal, cast
 
 import timm
+import timm.layers
 import torch
 from torch import Tensor, nn
 
@@ -116,6 +117,7 @@ class TimmEncoder(nn.Module):
         self._img_size, self._patch_size, self._layer_dims = img_size, patch_size, layer_dims
         self._normalisation = normalisation
         self._attention: Attention = attention
+        self._chosen_attention: Literal["sdpa", "explicit"] | None = None
         self.model = build_timm_model(architecture, {**model_args, **training_args}, device="meta")
         # A model may have a class token that only blocks after the hidden states read (XCiT, CaiT).
         has_prefix = "return_prefix_tokens" in inspect.signature(cast(Any, self.model).forward_intermediates).parameters
@@ -261,8 +263,22 @@ class TimmEncoder(nn.Module):
         )
         return [(prefix, patches.unflatten(1, (height, width))) for patches, prefix in tokens]
 
+    def attention_shape(self, img_size_px: int) -> tuple[int, int, int] | None:
+        """Return heads, tokens and head width; None where `attention` is not auto, or the model's is not a ViT's."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, timm.layers.Attention)]
+        if self._attention != "auto" or not layers or img_size_px % self._patch_size:
+            return None
+        tokens = (img_size_px // self._patch_size) ** 2 + self._num_prefix_tokens
+        return layers[0].num_heads, tokens, layers[0].head_dim
+
+    def use_attention(self, kernel: Literal["sdpa", "explicit"]) -> None:
+        """Use this kernel from now on, if `attention` is auto."""
+        self._chosen_attention = kernel
+
     def _choose_attention(self, device: torch.device, dtype: torch.dtype) -> None:
-        if self._attention == "auto":
+        if self._attention == "auto" and self._chosen_attention is not None:
+            is_fused = self._chosen_attention == "sdpa"
+        elif self._attention == "auto":
             autocast = torch.is_autocast_enabled(device.type)
             compute_dtype = torch.get_autocast_dtype(device.type) if autocast else dtype
             # torch's fused kernel does not use the bf16 dot products of a CPU: explicit products are 1.4 to 2.9 times

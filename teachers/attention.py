@@ -5,11 +5,12 @@ Legend: h heads, d width of a head.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, cast
 
+import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 AttentionKernel = Literal["auto", "sdpa", "explicit"]
 
@@ -40,3 +41,28 @@ def choose_kernel(device: torch.device, dtype: torch.dtype) -> Literal["sdpa", "
     of the attention output against float64 is 8.7e-3, where the fused kernel has 4.4e-3.
     """
     return "explicit" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
+def free_layers(encoder: nn.Module) -> list[nn.Module]:
+    """Return the attention layers whose kernel may be chosen from outside: ours where left to `auto`, and timm's."""
+    return [
+        layer
+        for layer in encoder.modules()
+        if getattr(layer, "has_free_kernel", False) or isinstance(layer, timm.layers.Attention)
+    ]
+
+
+def head_shape(layer: nn.Module) -> tuple[int, int]:
+    """Return heads and width of a head of one of `free_layers`."""
+    attention = cast(Any, layer)
+    return int(attention.num_heads), int(attention.head_dim)
+
+
+def set_kernel(layers: list[nn.Module], kernel: Literal["sdpa", "explicit"]) -> None:
+    """Make `free_layers` use this kernel."""
+    for layer in layers:
+        attention = cast(Any, layer)
+        if isinstance(layer, timm.layers.Attention):
+            attention.fused_attn = kernel == "sdpa"
+        else:
+            attention.kernel = kernel

@@ -15,6 +15,7 @@ from typing import Literal, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from teachers.attention import free_layers, head_shape, set_kernel
 from teachers.images import RGB, check_image_size, normalise_images
 from teachers.weights import check_sha256
 
@@ -159,6 +160,18 @@ class FrozenEncoder(nn.Module):
         # The configured dtype rules: under a trainer's autocast a float32 teacher would silently give bfloat16 targets.
         with torch.autocast(images.device.type, enabled=False):
             return self._hidden_states(normalised, num_layers)
+
+    def attention_shape(self, img_size_px: int) -> tuple[int, int, int] | None:
+        """Return heads, tokens and head width; None where no attention's kernel may be chosen from outside."""
+        layers = free_layers(self)
+        if not layers or img_size_px % self.patch_size:
+            return None
+        heads, width = head_shape(layers[0])
+        return heads, (img_size_px // self.patch_size) ** 2 + self.num_prefix_tokens, width
+
+    def use_attention(self, kernel: Literal["sdpa", "explicit"]) -> None:
+        """Use this kernel wherever it may be chosen from outside; see `teachers.attention`."""
+        set_kernel(free_layers(self), kernel)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the last hidden state, `(prefix [B, P, D], patches [B, H', W', D])`."""

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from teachers.attention import AttentionKernel, attend
 from teachers.frozen import WEIGHTS_PRETRAINED, WEIGHTS_RANDOM, Dtype, FrozenEncoder, freeze
@@ -49,7 +50,9 @@ class Attention(nn.Module):
     def __init__(self, config: InternViTConfig, kernel: AttentionKernel) -> None:
         super().__init__()
         self.num_heads = config.num_heads
+        self.head_dim = config.embed_dim // config.num_heads
         self.kernel: AttentionKernel = kernel
+        self.has_free_kernel = kernel == "auto"
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
         self.q_norm = RMSNorm(config.embed_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.embed_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -198,6 +201,33 @@ class InternViT(FrozenEncoder):
         self._describe((self.config.embed_dim,) * num_blocks, self.config.patch_size, num_prefix_tokens=1)
         freeze(self)
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the parameters over the ranks of a mesh, block by block; `load_weights` then reads this rank's rows.
+
+        Args:
+            mesh: one-dimensional, of all ranks. All have to call this, and to run the encoder equally often.
+
+        Raises:
+            RuntimeError: the weights have been read already.
+        """
+        if self.is_loaded:
+            raise RuntimeError("InternViT has its weights already; call shard() before load_weights().")
+        # FSDP2 is imported where it is used: it costs a second, and few runs need it.
+        from teachers.sharding import shard_blocks
+
+        shard_blocks(self, self.encoder.layers, mesh)
+
+    def _place(self, name: str, value: Tensor, device: torch.device) -> None:
+        """Put a copy of `value`, or this rank's rows of it, in the place of a parameter."""
+        # A copy, as the tensor may be a view of the mapped file, which must be free to change afterwards.
+        parameter = self.get_parameter(name)
+        if hasattr(parameter, "device_mesh"):
+            from teachers.sharding import own_part
+
+            assign_parameter(self, name, own_part(value, parameter, self.dtype))
+        else:
+            assign_parameter(self, name, value.to(device=device, dtype=self.dtype, copy=True))
+
     @classmethod
     def from_directory(
         cls,
@@ -227,8 +257,7 @@ class InternViT(FrozenEncoder):
         check_names((n for n in checkpoint.files if not self._is_dropped(n)), expected, checkpoint.source)
         checkpoint.check_shapes(expected)
         for name, tensor in checkpoint.tensors(expected):
-            # A copy, as the tensor may be a view of the mapped file, which must be free to change afterwards.
-            assign_parameter(self, name, tensor.to(device=device, dtype=self.dtype, copy=True))
+            self._place(name, tensor, device)
 
     def _is_dropped(self, name: str) -> bool:
         """Whether `name` is a tensor of a block after the selected layer."""
@@ -255,7 +284,7 @@ class InternViT(FrozenEncoder):
                 value.fill_(1.0)
             else:
                 nn.init.trunc_normal_(value, std=_INIT_STD, generator=generator)
-            assign_parameter(self, name, value.to(device=device, dtype=self.dtype))
+            self._place(name, value, device)
 
     def _hidden_states(self, images: Tensor, num_layers: int) -> list[tuple[Tensor, Tensor]]:
         grid = [side // self.patch_size for side in images.shape[-2:]]
