@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from students.images import RGB, nearest_sizes
 from students.init import resize_position_embedding
 from students.random_init import RandomInit, build_random_model
+from students.strides import measure_layers, set_strides
 from students.timm_encoder import Attention, TimmEncoder, build_timm_model, download_timm_weights
 from students.weight_files import read_state_dict
 
@@ -32,6 +33,9 @@ class TimmStudent(TimmEncoder):
         img_size: pixels a side; none means the model's own. Models of a fixed input size are built for it, others
             take any size.
         model_args: further keyword arguments of `timm.create_model`; plain JSON values.
+        strides: strides that differ from timm's model, by module, such as `stages.3.downsample.conv2.conv: 1`
+            for MobileSAM's TinyViT. Targets of `distill export` that name a timm architecture refuse such a student:
+            timm has no argument for it, and the features that come back are not the student's.
         init: for random weights: "timm", or, for ViTs, "mimetic" (arXiv 2305.09828).
         seed: of random weights.
         drop_path_rate: stochastic depth; none leaves the model's own.
@@ -59,6 +63,7 @@ class TimmStudent(TimmEncoder):
         img_size: int | None = None,
         model_args: dict[str, Any] | None = None,
         *,
+        strides: dict[str, int] | None = None,
         init: RandomInit = "timm",
         seed: int = 0,
         drop_path_rate: float | None = None,
@@ -74,6 +79,9 @@ class TimmStudent(TimmEncoder):
         if hasattr(template, "dynamic_img_size"):
             args.setdefault("dynamic_img_size", True)
         layers = _feature_layers(template, model_name)
+        if strides:
+            set_strides(template, strides, model_name)
+            layers = measure_layers(template, size)
         if size % layers[-1][1]:
             raise ValueError(
                 f"img_size {size} is not a multiple of {layers[-1][1]}, the stride of {model_name}; "
@@ -91,6 +99,7 @@ class TimmStudent(TimmEncoder):
             attention=attention,
             grad_checkpointing=grad_checkpointing,
         )
+        set_strides(self.model, strides or {}, model_name)
         self._weights, self._seed = weights, seed
         self._init: RandomInit = init
         self._unused = _freeze_unused_parameters(self.model, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -15,6 +15,7 @@ from teachers.fold_norms import fold_batch_norms
 from teachers.frozen import WEIGHTS_PRETRAINED, WEIGHTS_RANDOM, Dtype, FrozenEncoder, freeze
 from teachers.images import as_rgb
 from teachers.sources import find_file, resolve_directory, resolve_path
+from teachers.strides import measure_stride, set_strides
 from teachers.timm_features import check_fixed_size, describe_features, read_hidden_states
 from teachers.weights import read_state_dict
 
@@ -40,6 +41,9 @@ class TimmTeacher(FrozenEncoder):
         image_mean: channel means the weights were trained with; None is what timm records for the model.
         image_std: channel standard deviations, likewise.
         dtype: what the encoder computes in; also the dtype of its hidden states. "auto" is bfloat16 where that is fast.
+        channel_order: of the images that the weights were trained with; image_mean and image_std are RGB either way.
+        strides: strides that differ from timm's model, by the module's path: Keras' ResNet-50 has `layer2.0.conv1: 2,
+            layer2.0.conv2: 1` and likewise in layers 3 and 4.
         seed: of untrained weights.
         sha256: expected `weights_sha256` of the weights; None does not check. Not for `"pretrained"`.
 
@@ -65,18 +69,21 @@ class TimmTeacher(FrozenEncoder):
         image_mean: tuple[float, float, float] | None = None,
         image_std: tuple[float, float, float] | None = None,
         dtype: Dtype = "float32",
+        channel_order: Literal["rgb", "bgr"] = "rgb",
+        strides: dict[str, int] | None = None,
         seed: int = 0,
         sha256: str | None = None,
     ) -> None:
         self.model_name, weights = resolve_directory(model_name, weights, "config.json")
         super().__init__(weights=weights, dtype=dtype, sha256=sha256)
         self.model_args = dict(model_args or {}) | ({} if img_size is None else {"img_size": img_size})
-        self.seed = seed
+        self.seed, self.channel_order, self.strides = seed, channel_order, dict(strides or {})
         _check_model_name(self.model_name)
         with torch.device("meta"):
             self.model = self._create(num_classes=0)
         self._features = describe_features(self.model, self.model_name, self.model_args.get("img_size"))
-        self._describe(self._features.layer_dims, self._features.patch_size, self._features.num_prefix_tokens)
+        patch_size = measure_stride(self.model) if self.strides else self._features.patch_size
+        self._describe(self._features.layer_dims, patch_size, self._features.num_prefix_tokens)
         recorded = cast(dict[str, Any], self.model.pretrained_cfg)
         self.image_mean = as_rgb(recorded["mean"] if image_mean is None else image_mean, "image_mean")
         self.image_std = as_rgb(recorded["std"] if image_std is None else image_std, "image_std")
@@ -85,12 +92,14 @@ class TimmTeacher(FrozenEncoder):
     def _create(self, **overrides: Any) -> nn.Module:
         arguments: dict[str, Any] = self.model_args | overrides
         try:
-            return timm.create_model(self.model_name, **arguments)
+            model = timm.create_model(self.model_name, **arguments)
         except TypeError as error:
             raise ValueError(
                 f"timm model {self.model_name!r} refused its arguments {arguments}: {error}. Remove from `model_args` "
                 "(or `img_size`) what it does not take; convolutional models take images of any size as they are."
             ) from error
+        set_strides(model, self.strides, self.model_name)
+        return model
 
     def _load(self, device: torch.device) -> None:
         # Building a model draws its initial weights from the global generator, which belongs to the training run.
@@ -157,6 +166,8 @@ class TimmTeacher(FrozenEncoder):
         super()._check_size(height, width)
 
     def _hidden_states(self, images: Tensor, num_layers: int) -> list[tuple[Tensor, Tensor]]:
+        if self.channel_order == "bgr":
+            images = images.flip(1)
         return read_hidden_states(self.model, images, num_layers, self.num_prefix_tokens)
 
 

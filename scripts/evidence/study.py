@@ -1,0 +1,257 @@
+"""Run the evidence study: prepare, cache the teachers, train every variant, judge it, and write the tables.
+
+    python scripts/evidence/study.py quick --assets ../shared/assets --work runs/evidence
+    python scripts/evidence/study.py full --lightly_python runs/evidence/lightly/bin/python
+
+Each step leaves a file when it is finished, and a finished step is not repeated: after whatever stopped the study, the
+same command goes on. Training itself goes on from its last checkpoint. Each training's CPU time (user and system, of
+the process and its children) and wall time are kept in `cost.json` beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from variants import Study, Variant, read_study, with_changes
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TAIL_LINES = 15
+
+
+class StepError(Exception):
+    """A step ended with an error; its log says why."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something to do once.
+
+    Attributes:
+        title: shown while it is done.
+        is_done: whether its result is there.
+        do: does it.
+    """
+
+    title: str
+    is_done: Callable[[], bool]
+    do: Callable[[], object]
+
+
+def run_logged(words: list[str], log: Path, extra: Mapping[str, str] | None = None) -> tuple[float, float]:
+    """Run a command from the repository's root, and return its CPU and wall seconds, its children's included.
+
+    Args:
+        words: the command.
+        log: takes what it prints; appended to.
+        extra: environment variables.
+
+    Raises:
+        StepError: it ended with another status than 0; the message has the end of its log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with log.open("a", encoding="utf-8") as stream:
+        child = subprocess.Popen(
+            words, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **(extra or {})}
+        )
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            child.terminate()  # training saves where it stands
+            child.wait()
+            raise
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode != 0:
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
+        raise StepError(f"{' '.join(words)}\nended with status {child.returncode}; the end of {log}:\n{tail}")
+    return usage.ru_utime + usage.ru_stime, time.monotonic() - start
+
+
+class Driver:
+    """Makes the steps of a study.
+
+    Args:
+        study: what is run.
+        work: folder of everything that is made.
+        assets: images and weights.
+        lightly_python: Python of LightlyTrain's environment; None leaves its variants out.
+    """
+
+    def __init__(self, study: Study, work: Path, assets: Path, lightly_python: Path | None) -> None:
+        self.study, self.work, self.assets, self.lightly_python = study, work, assets, lightly_python
+        self.data, self.runs = work / "data", work / study.name
+
+    def steps(self) -> list[Step]:
+        """Return all steps, in order."""
+        python = sys.executable
+        splits = self.data / "splits.json"
+        prepare = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
+        steps = [Step("images: splits and shards", splits.is_file, lambda: self._plain(prepare, "prepare"))]
+        known: set[Path] = set()
+        for seed in self.study.seeds:
+            for variant in self.study.variants:
+                if variant.tool == "distill" or self.lightly_python is not None:
+                    steps += self._preparations(variant, known)
+                    steps += [self._train_step(variant, seed), self._judge_step(variant, seed)]
+        return steps
+
+    def _preparations(self, variant: Variant, known: set[Path]) -> list[Step]:
+        """Return the steps that make what a variant trains from, unless an earlier variant needed it."""
+        pairs = ((self.basis_of(variant), self._basis_step), (self.states_of(variant), self._cache_step))
+        found = [(made, make) for made, make in pairs if made is not None and made not in known]
+        known.update(made for made, _ in found)
+        return [make(variant, made) for made, make in found]
+
+    def states_of(self, variant: Variant) -> Path | None:
+        """Return the folder of a variant's teacher states."""
+        return self.work / "states" / f"{variant.states}-{self.study.img_size_px}" if variant.states else None
+
+    def basis_of(self, variant: Variant) -> Path | None:
+        """Return the file with the directions that a variant's teachers are reduced to, at the study's image size."""
+        for spec in variant.recipe["model"]["teachers"].values():
+            if "basis" in spec["init_args"]:
+                basis = Path(spec["init_args"]["basis"])
+                return basis.with_stem(f"{basis.stem}-{self.study.img_size_px}")
+        return None
+
+    def run_of(self, variant: Variant, seed: int) -> Path:
+        """Return the folder of a variant's run."""
+        return self.runs / f"{variant.name}-seed{seed}"
+
+    def recipe_of(self, variant: Variant, seed: int, run: Path) -> Path:
+        """Write the recipe of a run; return its file."""
+        recipe = {**variant.recipe, "seed_everything": seed}
+        recipe["trainer"] = {**recipe["trainer"], "default_root_dir": str(run)}
+        recipe["data"] = {**recipe["data"], "seed": seed, "img_size_px": self.study.img_size_px}
+        basis, states = self.basis_of(variant), self.states_of(variant)
+        if basis is not None:
+            (name,) = recipe["model"]["teachers"]
+            recipe = with_changes(recipe, {f"model.teachers.{name}.init_args.basis": str(basis)})
+        if states is not None:
+            recipe["model"] = {**recipe["model"], "teacher_states": str(states)}
+        file = run / "recipe.yaml"
+        run.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        return file
+
+    def _plain(self, words: list[str], name: str) -> tuple[float, float]:
+        return run_logged(words, self.work / "logs" / f"{name}.log", self._environment())
+
+    def _without_states(self, variant: Variant, name: str) -> str:
+        """Write a variant's recipe with the teachers themselves; return its file."""
+        return str(self.recipe_of(replace(variant, states=""), 0, self.work / "logs" / name))
+
+    def _basis_step(self, variant: Variant, basis: Path) -> Step:
+        def fit() -> None:
+            recipe = self._without_states(variant, basis.stem)
+            self._plain([sys.executable, str(HERE / "reduced.py"), recipe], basis.stem)
+
+        return Step(f"directions of the teachers: {basis.stem}", basis.is_file, fit)
+
+    def _cache_step(self, variant: Variant, states: Path) -> Step:
+        done = states / "complete.json"
+
+        def fill() -> None:
+            states.mkdir(parents=True, exist_ok=True)
+            words = [sys.executable, "-m", "distill", "cache", self._without_states(variant, states.name)]
+            cpu_s, wall_s = self._plain([*words, "--out", str(states), "--compression", "fp16"], states.name)
+            done.write_text(json.dumps({"cpu_s": cpu_s, "wall_s": wall_s}), encoding="utf-8")
+
+        return Step(f"teacher states: {states.name}", done.is_file, fill)
+
+    def _train_step(self, variant: Variant, seed: int) -> Step:
+        run = self.run_of(variant, seed)
+        cost, log = run / "cost.json", run / "fit.log"
+
+        def train() -> None:
+            is_whole = not log.is_file()  # what an interrupted run had used is not known
+            recipe = self.recipe_of(variant, seed, run)
+            words = self._training(variant, seed, recipe, run)
+            cpu_s, wall_s = run_logged(words, log, self._environment_of(variant))
+            images = variant.recipe["data"]["samples_per_epoch"] * variant.recipe["trainer"]["max_epochs"]
+            content = {"cpu_s": cpu_s, "wall_s": wall_s, "images": images, "is_whole": is_whole}
+            cost.write_text(json.dumps(content), encoding="utf-8")
+
+        return Step(f"train: {variant.title}, seed {seed}", cost.is_file, train)
+
+    def _training(self, variant: Variant, seed: int, recipe: Path, run: Path) -> list[str]:
+        if variant.tool == "distill":
+            return [sys.executable, "-m", "distill", "fit", "--config", str(recipe), "--resume", "auto"]
+        # -P and no PYTHONPATH: a module of this folder must not stand in for one of LightlyTrain's.
+        words = [str(self.lightly_python), "-P", str(HERE / "peer.py"), str(recipe), "--out", str(run)]
+        return [*words, "--images", str(self.data / "train-files"), "--seed", str(seed)]
+
+    def _environment_of(self, variant: Variant) -> dict[str, str]:
+        return {**self._environment(), **({} if variant.tool == "distill" else {"PYTHONPATH": ""})}
+
+    def _environment(self) -> dict[str, str]:
+        path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
+        return {"PYTHONPATH": path, "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
+
+    def _judge_step(self, variant: Variant, seed: int) -> Step:
+        study, run = self.study, self.run_of(variant, seed)
+        out = run / "judge"
+        files = [out / f"{dataset}.json" for dataset in study.datasets]
+        files += [out / "receipts.json"] if study.reads_receipts else []
+        encoder = run if variant.tool == "distill" else run / "encoder.yaml"
+        words = [sys.executable, str(HERE / "judge.py"), str(encoder), "--data", str(self.data), "--out", str(out)]
+        words += ["--size", str(study.img_size_px), "--datasets", ",".join(study.datasets)]
+        words += ["--rungs", ",".join(study.rungs), "--cache", str(self.work / "features")]
+        words += ["--receipts"] if study.reads_receipts else []
+        return Step(
+            f"judge: {variant.title}, seed {seed}",
+            lambda: all(file.is_file() for file in files),
+            lambda: run_logged(words, run / "judge.log", self._environment()),
+        )
+
+
+def perform(steps: list[Step], console: Console) -> None:
+    """Do the steps that are not done yet, and say so."""
+    start = time.monotonic()
+    for number, step in enumerate(steps, start=1):
+        place = f"[{number:3}/{len(steps)}, {time.monotonic() - start:5.0f} s]"
+        if step.is_done():
+            console.print(f"{place} {step.title}: there already", highlight=False, markup=False)
+            continue
+        console.print(f"{place} {step.title}", highlight=False, markup=False)
+        step.do()
+
+
+def main() -> int:
+    """Read the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("setting", help="quick or full, of study.yaml")
+    parser.add_argument("--study", type=Path, default=ROOT / "configs" / "evidence" / "study.yaml")
+    parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence")
+    parser.add_argument("--lightly_python", type=Path, help="without it LightlyTrain is left out")
+    asked = parser.parse_args()
+    # Ctrl-C reaches the running step by itself; a plain kill has to be handed on.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    console, work, assets = Console(), asked.work.resolve(), asked.assets.resolve()
+    study = read_study(asked.study, asked.setting, assets, work)
+    driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute())
+    try:
+        perform(driver.steps(), console)
+        run_logged([sys.executable, str(HERE / "tables.py"), str(driver.runs)], work / "logs" / "tables.log")
+    except StepError as error:
+        console.print(str(error), markup=False, highlight=False)
+        return 1
+    console.print(f"Tables: {driver.runs / 'results.md'}", markup=False, highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The variants of the evidence study: recipes made from a base recipe and a few changes.
+
+`configs/evidence/study.yaml` lists them; docs/results.md says what each is for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+Tool = Literal["distill", "lightly_train"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train the student.
+
+    Attributes:
+        name: of its folder and of its row in the tables.
+        title: what a reader sees.
+        tool: who trains it.
+        recipe: of `distill fit`; for another tool the one whose student, teacher and images it is given.
+        states: name of the folder with the teachers' states, shared by variants that need the same; empty runs the
+            teachers in training.
+    """
+
+    name: str
+    title: str
+    tool: Tool
+    recipe: dict[str, Any]
+    states: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """One setting of the study.
+
+    Attributes:
+        name: "quick" or "full".
+        img_size_px: side of the images in training and in the probes.
+        datasets: that encoders are judged on.
+        rungs: probes that judge.
+        reads_receipts: whether the OCR probe on receipt crops is run.
+        seeds: of training; one run a variant and seed.
+        variants: in the order they are run.
+    """
+
+    name: str
+    img_size_px: int
+    datasets: tuple[str, ...]
+    rungs: tuple[str, ...]
+    reads_receipts: bool
+    seeds: tuple[int, ...]
+    variants: tuple[Variant, ...]
+
+
+def with_changes(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a recipe with values replaced.
+
+    Args:
+        recipe: nested mappings and lists.
+        changes: by dotted path; a number stands for a place in a list, and null removes a key. A key that holds a dot
+            cannot be reached.
+
+    Raises:
+        ValueError: a path leads nowhere; only its last key may be new.
+    """
+    changed = copy.deepcopy(dict(recipe))
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        place: Any = changed
+        for key in parents:
+            try:
+                place = place[int(key)] if isinstance(place, list) else place[key]
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise ValueError(f"the change {path!r} leads nowhere: there is no {key!r} in the recipe") from error
+        if value is None:
+            place.pop(last, None)
+        else:
+            place[int(last) if isinstance(place, list) else last] = copy.deepcopy(value)
+    return changed
+
+
+def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
+    """Return one setting of the study.
+
+    Args:
+        file: study.yaml.
+        name: of the setting.
+        assets: folder of images and weights; takes the place of `../shared/assets` in the recipes.
+        work: folder of the study's results; takes the place of `runs/evidence`.
+
+    Raises:
+        ValueError: there is no such setting or variant, or a change leads nowhere.
+    """
+    content = cast(dict[str, Any], yaml.safe_load(file.read_text("utf-8")))
+    if name not in content["settings"]:
+        raise ValueError(f"{file} has no setting {name!r}; it has {', '.join(content['settings'])}.")
+    setting = content["settings"][name]
+    unknown = [variant for variant in setting["variants"] if variant not in content["variants"]]
+    if unknown:
+        raise ValueError(f"{file}: the setting {name!r} names unknown variants: {', '.join(unknown)}.")
+    places = {"../shared/assets": str(assets), "runs/evidence": str(work)}
+    variants = [
+        _variant(key, content["variants"][key], setting.get("changes", {}), file.parent, places)
+        for key in setting["variants"]
+    ]
+    return Study(
+        name,
+        int(setting["img_size_px"]),
+        tuple(setting["datasets"]),
+        tuple(setting["rungs"]),
+        bool(setting["reads_receipts"]),
+        tuple(int(seed) for seed in setting["seeds"]),
+        tuple(variants),
+    )
+
+
+def _variant(
+    name: str, entry: Mapping[str, Any], shared: Mapping[str, Any], folder: Path, places: Mapping[str, str]
+) -> Variant:
+    base = yaml.safe_load((folder / entry["base"]).read_text("utf-8"))
+    recipe = _placed(with_changes(base, {**shared, **entry.get("changes", {})}), places)
+    return Variant(name, entry["title"], entry.get("tool", "distill"), recipe, entry.get("states", ""))
+
+
+def _placed(value: Any, places: Mapping[str, str]) -> Any:
+    """Put real folders in the place of those that the recipes name."""
+    if isinstance(value, dict):
+        return {key: _placed(item, places) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_placed(item, places) for item in cast(list[Any], value)]
+    if isinstance(value, str):
+        for prefix, real in places.items():
+            if value == prefix or value.startswith(prefix + "/"):
+                return real + value.removeprefix(prefix)
+    return value

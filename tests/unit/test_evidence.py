@@ -1,0 +1,310 @@
+"""The parts of the evidence study: splits, variants, intervals, tables, and steps that are done once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from students import TimmStudent
+from teachers import TimmTeacher
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts" / "evidence"
+CONFIGS = ROOT / "configs" / "evidence"
+sys.path.insert(0, str(SCRIPTS))
+
+import collect  # noqa: E402
+import intervals  # noqa: E402
+import pooled  # noqa: E402
+import prepare  # noqa: E402
+import reduced  # noqa: E402
+import study  # noqa: E402
+import tables  # noqa: E402
+import variants  # noqa: E402
+
+KEY = ("trashnet", "knn_top1")
+
+
+def arm(name: str, seeds: dict[int, list[int]], groups: list[int] | None = None) -> collect.Arm:
+    """An arm whose answers are right (1) or wrong (0)."""
+    figures = {}
+    for seed, right in seeds.items():
+        count = len(right)
+        own_groups = np.asarray(groups if groups is not None else range(count), dtype=np.int64)
+        figures[seed] = collect.Parts(np.arange(count), np.asarray(right, dtype=np.float64), np.ones(count), own_groups)
+    return collect.Arm(name, "variant", {KEY: figures})
+
+
+def test_a_receipt_and_its_crops_are_one_group_and_so_are_pictures_of_one_question() -> None:
+    page = prepare.group_of("images/sroie_page/SHOP/172.jpg", "sroie_page")
+    assert page == prepare.group_of("images/sroie_crops/172_3.jpg", "sroie_crops")
+    assert page != prepare.group_of("images/sroie_crops/17_2.jpg", "sroie_crops")
+    one, other, third = (f"images/gaokao_mm/Math/2010_MCQs_{name}.jpg" for name in ("4_0", "4_1", "5_0"))
+    assert prepare.group_of(one, "gaokao_mm") == prepare.group_of(other, "gaokao_mm")
+    assert prepare.group_of(one, "gaokao_mm") != prepare.group_of(third, "gaokao_mm")
+
+
+def noise(file: Path, seed: int) -> None:
+    """Write an image that looks like no other: 8 x 8 random blocks."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(blocks).resize((48, 48), Image.Resampling.NEAREST).save(file, quality=95)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assets = tmp_path_factory.mktemp("assets")
+    rows = []
+    for number in range(40):
+        label = "ab"[number % 2]
+        rows.append((f"images/trashnet/{label}/{number}.jpg", "trashnet", "natural", label))
+    for receipt in range(12):
+        rows.append((f"images/sroie_page/S{receipt % 2}/{receipt:03d}.jpg", "sroie_page", "ocr", f"S{receipt % 2}"))
+        for crop in range(2):
+            rows.append((f"images/sroie_crops/{receipt:03d}_{crop}.jpg", "sroie_crops", "ocr", None))
+    for at, (path, *_rest) in enumerate(rows):
+        noise(assets / path, seed=at)
+    # Number 1 is held out below; number 0's twin under another name would be a leak.
+    noise(assets / "images/imagenet_samples/twin.jpg", seed=0)
+    rows.append(("images/imagenet_samples/twin.jpg", "imagenet_samples", "natural", None))
+    lines = [
+        json.dumps(
+            {"path": path, "dataset": dataset, "domain": domain, "label": label}
+            | ({"lines": [[1, 1, 40, 12, "total"]]} if dataset == "sroie_crops" else {})
+        )
+        for path, dataset, domain, label in rows
+    ]
+    (assets / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path_factory.mktemp("data")
+    prepare.prepare(assets, out, seed=0)
+    return out
+
+
+def rows_of(table: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    head, *lines = table.read_text().splitlines()
+    return [dict(zip(head.split(","), line.split(","), strict=True)) for line in lines]
+
+
+def test_no_group_is_trained_on_and_held_out(prepared: Path) -> None:
+    trained = rows_of(prepared / "train.csv")
+    tested = [
+        row for table in sorted((prepared / "probe").glob("*.csv")) for row in rows_of(table) if row["split"] == "test"
+    ]
+    assert len(tested) > 10
+    assert not {row["group"] for row in trained} & {row["group"] for row in tested}
+    assert not {row["path"] for row in trained} & {row["path"] for row in tested}
+    lines = [json.loads(line) for line in (prepared / "probe" / "lines.jsonl").read_text().splitlines()]
+    assert lines
+    assert not {row["group"] for row in trained} & {line["group"] for line in lines}
+    assert len(list((prepared / "train-files").rglob("*.jpg"))) == len(trained)
+
+
+def test_a_held_out_image_that_looks_like_a_training_image_is_left_out(prepared: Path) -> None:
+    entries = prepare.read_manifest(next(iter(prepared.parent.glob("assets*"))) / "manifest.jsonl")
+    twins = [entry for entry in entries if entry.path.endswith(("/0.jpg", "twin.jpg"))]
+    root = next(iter(prepared.parent.glob("assets*")))
+    others = [entry for entry in entries if entry.path.endswith("/2.jpg")]
+    kept = prepare.without_copies(root, [twins[0], *others], [twins[1]], console=study.Console(quiet=True))
+    assert kept == others
+
+
+def test_a_change_replaces_one_value_and_leaves_the_recipe_alone() -> None:
+    recipe = {"model": {"alignments": [{"head": "linear"}], "teachers": {"a": 1}}}
+    changed = variants.with_changes(recipe, {"model.alignments.0.head": "mlp", "model.teachers.a": None})
+    assert changed == {"model": {"alignments": [{"head": "mlp"}], "teachers": {}}}
+    assert recipe["model"]["alignments"][0]["head"] == "linear"
+    with pytest.raises(ValueError, match="leads nowhere"):
+        variants.with_changes(recipe, {"model.optimiser.lr": 1})
+
+
+def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="quick"):
+        variants.read_study(CONFIGS / "study.yaml", "tiny", tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["pooled_mse", "ours_both"])
+def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    from distill.cli import main
+
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(next(variant.recipe for variant in read.variants if variant.name == name)))
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(file), "--dry_run", "true"])
+    assert stop.value.code == 0
+    assert "student tinyvit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["quick", "full"])
+def test_both_settings_read_and_put_real_folders_in(setting: str, tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path / "assets", tmp_path / "work")
+    assert [variant.name for variant in read.variants][:2] == ["ours", "lightly_train"]
+    for variant in read.variants:
+        assert variant.recipe["data"]["train"] == str(tmp_path / "work" / "data" / "train")
+        assert "../shared" not in yaml.safe_dump(variant.recipe)
+
+
+def test_the_pooled_loss_sees_means_only() -> None:
+    student = torch.tensor([[[0.0], [2.0]]])
+    assert pooled.PooledMSE().compute(student, torch.tensor([[[1.0], [1.0]]])) == 0.0
+    assert pooled.PooledMSE().compute(student, torch.tensor([[[3.0], [3.0]]])) == 4.0
+
+
+def test_the_mean_counts_as_much_as_the_tokens() -> None:
+    student = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    swapped = student.flip(1)
+    # Every token is at a right angle to its own, and the means agree.
+    assert pooled.TokensAndMean().compute(student, swapped) == pytest.approx(-1.0)
+    assert pooled.TokensAndMean().compute(student, student) == pytest.approx(-2.0)
+
+
+def test_reduced_targets_keep_the_angles_between_centred_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(500, 6, generator=generator) @ torch.randn(6, 40, generator=generator) + 3.0
+    basis = reduced.fit_directions(tokens, [40], dims=6)
+    short = ((tokens - basis["mean"]) * basis["scale"]) @ basis["directions"]
+    centred = tokens - tokens.mean(0)
+    cosines = [torch.nn.functional.normalize(side, dim=1) for side in (short, centred)]
+    torch.testing.assert_close(cosines[0] @ cosines[0].T, cosines[1] @ cosines[1].T, atol=1e-3, rtol=0)
+    assert float(short.var(0).mean()) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_teacher_of_large_numbers_does_not_drown_another() -> None:
+    generator = torch.Generator().manual_seed(0)
+    small, large = torch.randn(400, 5, generator=generator), 100 * torch.randn(400, 20, generator=generator)
+    tokens = torch.cat([small, large], dim=1)
+    basis = reduced.fit_directions(tokens, [5, 20], dims=25)
+    scaled = (tokens - basis["mean"]) * basis["scale"]
+    shares = [float(part.square().sum(1).mean()) for part in scaled.split([5, 20], dim=1)]
+    assert shares == pytest.approx([1.0, 1.0], rel=1e-3)
+
+
+def test_a_difference_is_paired_image_by_image() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.integers(0, 2, 400)
+    better = base.copy()
+    better[np.flatnonzero(base == 0)[:20]] = 1
+    found = intervals.difference(arm("a", {0: better.tolist()}), arm("b", {0: base.tolist()}), [KEY])
+    # Unpaired, twenty of four hundred images would drown in an interval of seven points either way.
+    assert found.value == pytest.approx(0.05)
+    assert 0.02 < found.low < 0.05 < found.high < 0.08
+
+
+def test_images_of_one_group_are_resampled_together() -> None:
+    right = [1] * 50 + [0] * 50
+    single = intervals.difference(arm("a", {0: right}), arm("b", {0: [0] * 100}), [KEY])
+    grouped = [
+        arm(name, {0: values}, [at // 10 for at in range(100)]) for name, values in (("a", right), ("b", [0] * 100))
+    ]
+    clustered = intervals.difference(grouped[0], grouped[1], [KEY])
+    assert clustered.high - clustered.low > 2 * (single.high - single.low)
+
+
+def test_the_spread_over_seeds_widens_the_interval() -> None:
+    same = arm("a", {seed: [1] * 60 + [0] * 40 for seed in range(3)})
+    spread = arm("b", {0: [1] * 90 + [0] * 10, 1: [1] * 60 + [0] * 40, 2: [1] * 30 + [0] * 70})
+    base = arm("c", {0: [0] * 100})
+    narrow, wide = (intervals.difference(one, base, [KEY]) for one in (same, spread))
+    assert narrow.value == wide.value == pytest.approx(0.6)
+    assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
+
+
+def test_other_test_images_are_refused() -> None:
+    one, other = arm("a", {0: [1] * 10}), arm("b", {0: [1] * 10})
+    parts = other.figures[KEY][0]
+    other.figures[KEY][0] = collect.Parts(parts.rows + 1, parts.numerator, parts.denominator, parts.groups)
+    with pytest.raises(ValueError, match="other images"):
+        intervals.difference(one, other, [KEY])
+
+
+def test_the_gap_is_closed_by_half() -> None:
+    count = 200
+    initial, half, teacher = (arm(n, {0: [1] * k + [0] * (count - k)}) for n, k in (("i", 40), ("h", 80), ("t", 120)))
+    share = intervals.gap_closed(half, initial, teacher, [KEY])
+    assert share.value == pytest.approx(0.5)
+    assert share.low < 0.5 < share.high
+
+
+def test_a_table_has_each_arm_with_its_images_and_the_spread_over_seeds() -> None:
+    several = arm("ours", {0: [1, 1, 0, 0], 1: [1, 1, 1, 0]})
+    text = tables.figures_table([arm("initialisation", {0: [1, 0, 0, 0]}), several], "knn_top1")
+    assert "trashnet (n 4)" in text
+    assert "| initialisation | 1 | 25.0 | 25.0 |" in text
+    assert "| ours | 2 | 62.5 ± 17.7 | 62.5 |" in text
+    less = tables.differences_table([several], lambda _: arm("initialisation", {0: [1, 0, 0, 0]}), ["knn_top1"])
+    assert "| ours | initialisation | kNN | +37.5 [" in less
+
+
+def test_a_step_that_is_done_is_not_repeated_and_a_failing_one_shows_its_log(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    calls: list[int] = []
+    step = study.Step("touch", done.is_file, lambda: (calls.append(1), done.touch())[1])
+    for _ in range(2):
+        study.perform([step], study.Console(quiet=True))
+    assert calls == [1]
+    words = [sys.executable, "-c", "print('the cause'); raise SystemExit(3)"]
+    with pytest.raises(study.StepError, match=r"(?s)status 3.*the cause"):
+        study.run_logged(words, tmp_path / "log")
+
+
+def test_cpu_time_counts_what_a_step_and_its_children_used(tmp_path: Path) -> None:
+    burn = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
+    nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    cpu_s, _ = study.run_logged([sys.executable, "-c", nested], tmp_path / "log")
+    assert cpu_s >= 0.3
+
+
+def test_tables_go_between_the_marks_of_a_page_and_nowhere_else() -> None:
+    page = "before\n<!-- full: begin -->\nold\n<!-- full: end -->\nafter\n"
+    assert tables.put_between(page, "full", "new") == "before\n<!-- full: begin -->\n\nnew\n<!-- full: end -->\nafter\n"
+    with pytest.raises(ValueError, match="no marks"):
+        tables.put_between("nothing", "full", "new")
+
+
+STRIDES = {"stages.1.downsample.conv2.conv": 1}
+TINY_VIT = {"depths": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32], "num_heads": [1, 1, 1, 1]}
+
+
+def test_a_student_with_a_stride_of_its_own_has_a_finer_grid_and_the_same_weights() -> None:
+    plain, fine = (TimmStudent("tiny_vit_5m_224", "random", 64, TINY_VIT, strides=s) for s in (None, STRIDES))
+    assert (plain.patch_size, fine.patch_size) == (32, 16)
+    for student in (plain, fine):
+        student.load_weights()
+        student.eval()
+    assert plain.timm_state_dict().keys() == fine.timm_state_dict().keys()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        assert fine.forward_hidden_states(images, 1)[0][1].shape == (1, 4, 4, 32)
+    with pytest.raises(ValueError, match="no such module"):
+        TimmStudent("tiny_vit_5m_224", "random", 64, TINY_VIT, strides={"stages.9": 1})
+
+
+def test_a_teacher_takes_strides_and_channel_order_from_the_recipe() -> None:
+    def features(images: torch.Tensor, **arguments) -> torch.Tensor:
+        teacher = TimmTeacher("test_resnet", weights="random", image_std=(0.5, 0.5, 0.5), **arguments)
+        teacher.load_weights()
+        return teacher.forward_hidden_states(images, 1)[0][1]
+
+    images = torch.rand(1, 3, 64, 64)
+    plain = features(images, image_mean=(0.1, 0.2, 0.3))
+    # The same weights given blue first; means are told as red, green, blue.
+    blue_first = features(images.flip(1), image_mean=(0.3, 0.2, 0.1), channel_order="bgr")
+    torch.testing.assert_close(blue_first, plain)
+    fine = TimmTeacher("test_resnet", weights="random", strides={"conv1.0": 1})
+    coarse = TimmTeacher("test_resnet", weights="random")
+    assert fine.patch_size < coarse.patch_size
+    with pytest.raises(ValueError, match="do not fit each other"):
+        TimmTeacher("test_resnet", weights="random", strides={"layer4.0.downsample.0": 1})
+    with pytest.raises(ValueError, match="has no stride"):
+        TimmTeacher("test_resnet", weights="random", strides={"layer4.0.bn1": 1})
