@@ -14,6 +14,7 @@ from typing import Any
 
 from distill import __version__
 from distill.errors import DistillError, UnfinishedError
+from distill.heap import keep_freed_memory
 from distill.recipe_words import gather_overrides
 from distill.stop_signals import close_stop_signals, stop_signals
 
@@ -43,6 +44,8 @@ VERBS = {
     "probe": ("distill.probe.run", "probe", "a ladder of probes and fidelity for an encoder, beside its baselines"),
     "compare": ("distill.probe.compare", "compare", "paired differences between the encoders of several probes"),
     "report": ("distill.report.run", "report", "one HTML page about one or several runs"),
+    "vlm": ("distill.vlm.verb", "vlm", "train, score and time a small VLM around an encoder"),
+    "ablate": ("distill.vlm.ablate", "ablate", "train and score a small VLM over a grid of encoders, connectors, data"),
 }
 LISTING_VERBS = ("compare", "report")
 """Verbs whose words before the first option are one list: `distill compare A B C --out FILE`."""
@@ -61,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with one of `EXIT_CODES`. The message of anything a user can mend is printed without a traceback.
     """
+    keep_freed_memory()
     if arguments is not None:
         run_verb(list(arguments))
         return
@@ -155,6 +159,8 @@ def run_function(verb: str, words: list[str]) -> None:
     function: Callable[..., Any] = getattr(import_module(module), name)
     if verb in RECIPE_VERBS:
         words = gather_overrides(words, RECIPE_VERBS[verb])
+    elif verb == "vlm":
+        words = import_module("distill.vlm.recipe_files").gather_recipe_words(words)
     set_parsing_settings(parse_optionals_as_positionals=False)
     parser_class = ArgumentParser
     if verb in LISTING_VERBS:

@@ -134,6 +134,23 @@ def run_of(path: Path) -> Path | None:
 
 
 def _single(path: Path, role: Role) -> NamedEncoder:
+    module = load_encoder(path)
+    return NamedEncoder(path.resolve().stem if path.is_file() else path.resolve().name, role, str(path), module)
+
+
+def load_encoder(path: Path) -> nn.Module:
+    """Return the one encoder that an export, a public model's directory or a YAML file names, and nothing beside it.
+
+    Args:
+        path: anything that `resolve_encoders` takes but a run directory, whose students `load_student` loads.
+
+    Returns:
+        A module that offers `distill.encoder.Encoder`, weights loaded, in eval mode, on the CPU.
+
+    Raises:
+        ConfigError: the path does not exist or is none of these.
+        WeightsError: weights are missing, damaged or do not fit.
+    """
     if path.suffix in (".yaml", ".yml") and path.is_file():
         module = build_encoder(_yaml_spec(path))
     elif path.is_dir():
@@ -144,7 +161,7 @@ def _single(path: Path, role: Role) -> NamedEncoder:
             "directory, or a YAML file with class_path and init_args."
         )
     read_weights(module, f"encoder {str(path)!r}")
-    return NamedEncoder(path.resolve().stem if path.is_file() else path.resolve().name, role, str(path), module.eval())
+    return module.eval()
 
 
 def _yaml_spec(path: Path) -> dict[str, Any]:

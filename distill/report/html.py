@@ -29,6 +29,7 @@ from distill.report.score_tables import (
     table_scopes,
     tiles,
 )
+from distill.report.small_vlms import VLMSection
 from distill.report.verdict import Verdict
 from distill.report.worst_images import WorstImages
 
@@ -45,6 +46,7 @@ class RunFacts:
         verdicts: one for each student.
         training_facts: short facts about its training.
         cost: (name, value) of throughput, hours and cost.
+        vlms: what small VLMs around the run's encoders score.
     """
 
     name: str
@@ -60,6 +62,12 @@ class RunFacts:
     sources: list[Source] = field(default_factory=list[Source])
     commands: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])
     config_yaml: str = ""
+    vlms: VLMSection = field(default_factory=VLMSection)
+
+    @property
+    def has_vlms(self) -> bool:
+        """Whether small VLMs were built around the run's encoders."""
+        return self.vlms.comparison is not None or bool(self.vlms.absent)
 
 
 @dataclass

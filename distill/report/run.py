@@ -32,6 +32,7 @@ from distill.report.recipe import (
 )
 from distill.report.scores import add_scores
 from distill.report.several import overlay
+from distill.report.small_vlms import vlm_section
 
 DEFAULT_IMG_SIZE_PX = 448
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -77,6 +78,7 @@ def report(
     _add_curves(page, directories, figures, price_per_hour)
     _add_images(page, list(directories.values()), data, images_per_domain, choose_device(device), figures, console)
     for facts, run in zip(page.runs, directories.values(), strict=True):
+        facts.vlms = vlm_section(run.path)
         _add_recipe(facts, run, data)
     page.versions = read_versions()
     write_page(target, render(page), figures)

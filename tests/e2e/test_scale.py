@@ -90,6 +90,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, demo_images: Path) -> Path:
             "alignments": [{"student": "small", "teacher": "big", "num_layers": 2, "standardise": "mean_std"}],
             "optimizer": {"lr_student": 1e-3, "lr_heads": 1e-3},
             "calibration_batches": 2,
+            "teacher_micro_batch": 2,  # of 7 and 6 validation images: four passes on one rank, three on the other
         },
         "data": {
             "train": str(demo_images / "train"),
