@@ -35,6 +35,7 @@ NUM_EPOCHS = 20
 MIN_STEPS = 300
 """A small fit split is gone over more often than `NUM_EPOCHS` times."""
 
+AT_ONCE_BYTES = 1 << 29
 WARMUP_FRACTION = 0.1
 INIT_STD = 0.02
 
@@ -111,14 +112,16 @@ class AttentiveHeads(nn.Module):
 
 @dataclass(frozen=True)
 class _Tokens:
-    """Tokens with the statistics that standardise them; converted batch by batch."""
+    """Tokens with the statistics that standardise them; converted batch by batch, or at once where they are few."""
 
     tokens: Tensor
     mean: Tensor
     std: Tensor
+    is_standardised: bool = False
 
     def batch(self, rows: Tensor) -> Tensor:
-        return (self.tokens[rows].float() - self.mean) / self.std
+        tokens = self.tokens[rows]
+        return tokens if self.is_standardised else (tokens.float() - self.mean) / self.std
 
 
 def _standardised(tokens: Tensor, fit: Tensor) -> _Tokens:
@@ -132,7 +135,10 @@ def _standardised(tokens: Tensor, fit: Tensor) -> _Tokens:
     count = len(fit) * tokens.shape[1]
     std = (squares / count - (total / count).square()).clamp_min(0).sqrt()
     std = torch.where(std > torch.finfo(torch.float32).eps, std, torch.ones_like(std))
-    return _Tokens(tokens, (reference + total / count).float(), std.float())
+    mean, std = (reference + total / count).float(), std.float()
+    if 4 * tokens.numel() > AT_ONCE_BYTES:
+        return _Tokens(tokens, mean, std)
+    return _Tokens((tokens.float() - mean) / std, mean, std, is_standardised=True)
 
 
 def steps_for(num_images: int) -> int:

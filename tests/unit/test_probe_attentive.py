@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from distill.errors import DataError
+from distill.probe import attentive
 from distill.probe.attentive import AttentiveHeads, _standardised, attentive_probe
 from distill.probe.linear import linear_probe
 from distill.probe.protocol import Split, split_by_group
@@ -71,11 +72,17 @@ def test_probes_side_by_side_do_not_touch_each_other() -> None:
         assert torch.allclose(beside.select_logits, alone.select_logits, atol=1e-4)
 
 
-def test_tokens_are_standardised_by_the_fit_split_and_a_constant_channel_is_only_centred() -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_tokens_are_standardised_by_the_fit_split_and_a_constant_channel_is_only_centred(
+    at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(attentive, "AT_ONCE_BYTES", 0)
     tokens = 100 + 5 * torch.randn(40, 6, 3, generator=torch.Generator().manual_seed(3))
     tokens[:, :, 2] = 7.0
     tokens[30:] += 1000
     data = _standardised(tokens.half().float(), torch.arange(30))
+    assert data.is_standardised == at_once
     batch = data.batch(torch.arange(30)).flatten(0, 1)
     assert torch.allclose(batch[:, :2].mean(0), torch.zeros(2), atol=1e-4)
     assert torch.allclose(batch[:, :2].std(0, correction=0), torch.ones(2), atol=1e-4)
