@@ -61,7 +61,10 @@ class FrozenTeachers:
         self.is_sharded = shard_teachers(self._modules)
 
     def begin_uneven(self, data: Any) -> None:
-        """Say that from now on ranks may run sharded teachers unequally often; all ranks have to call this.
+        """Say that from now on ranks have equally many batches, but not of equal size; all ranks have to call this.
+
+        Each call of `forward_hidden_states` then returns when it has on all ranks, so that whatever the ranks do
+        together between two batches finds them at the same place.
 
         Args:
             data: its `img_size_px` is the side of the images.
@@ -78,10 +81,8 @@ class FrozenTeachers:
         self._company = Company(run)
 
     def end_uneven(self) -> None:
-        """Run the teachers along with ranks that have images left; returns when none has."""
-        if self._company is not None:
-            self._company.leave()
-            self._company = None
+        """Say that ranks have batches of equal size again."""
+        self._company = None
 
     def load_weights(self) -> None:
         """Read every teacher's weights.
@@ -117,12 +118,15 @@ class FrozenTeachers:
         """
         try:
             size = self.micro_batch or batch_size or images.shape[0]
-            return {
+            states = {
                 name: chunked(self.encoder(name), images, count, size, before=self._before(name))
                 for name, count in layers.items()
             }
         except ValueError as error:  # how an encoder refuses images of a size it cannot take
             raise ConfigError(f"A teacher cannot take these images (data.img_size_px). {error}") from error
+        if self._company is not None:
+            self._company.leave()
+        return states
 
     def _before(self, name: str) -> Callable[[], None] | None:
         company = self._company

@@ -102,7 +102,7 @@ def test_a_complete_folder_is_left_as_it_is(tmp_path: Path, capsys: pytest.Captu
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     capsys.readouterr()
     synthesize(tmp_path, images_per_domain=2, domains=("chart", "natural"), num_workers=1, **SMALL)
-    assert "already there" in capsys.readouterr().out
+    assert "already there" in " ".join(capsys.readouterr().out.split())  # a long path breaks the line
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
 
 
