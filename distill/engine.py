@@ -20,6 +20,7 @@ from distill.compilation import Compilation, compile_blocks
 from distill.control_group import control_group
 from distill.errors import ConfigError
 from distill.frozen_teachers import FrozenTeachers
+from distill.precision import AUTOCAST_DTYPES
 from distill.teacher_sharding import TeacherSharding
 
 Choices = dict[str, str | int]
@@ -108,7 +109,7 @@ class Engine:
         running = {name: teachers[name] for name in teachers.names()} if teachers is not None else {}
         if size is not None:
             batch = max(1, int(getattr(data, "global_batch_size", 1)) // parts)
-            images = ImagesSeen(int(size), batch, autocast_dtype(str(trainer.precision)), device)
+            images = ImagesSeen(int(size), batch, AUTOCAST_DTYPES.get(str(trainer.precision)), device)
             if self.config.measure_attention:
                 self._choose_kernels(running, students, images)
             if teachers is not None and self.measures_micro_batch:
@@ -192,8 +193,3 @@ def _powers_of_two(highest: int) -> Iterator[int]:
     while size <= highest:
         yield size
         size *= 2
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """Return what a trainer of this precision casts to, or None; Lightning's names, such as "bf16-mixed"."""
-    return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)

@@ -17,6 +17,9 @@ ROUNDS = 5
 
 Precision = Literal["32-true", "bf16-mixed"]
 
+AUTOCAST_DTYPES = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What a trainer casts to, by Lightning's name of its precision; None casts nothing."""
+
 
 def choose_precision(device: str) -> Precision:
     """Return Lightning's name of the precision to train in: bf16-mixed where bfloat16 is fast, else 32-true.

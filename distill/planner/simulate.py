@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from distill.cache.memory import HiddenStateMemory
 from distill.errors import ConfigError, DistillError
 from distill.planner.memory_meter import BACKWARD, GRADIENTS, MemoryMeter
+from distill.precision import AUTOCAST_DTYPES
 from distill.step_meter import Direction, FlopMeter, StepParts
 from distill.task import DistillationTask
 
 DeviceType = Literal["cpu", "cuda"]
-AUTOCAST_DTYPES = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _CHANNELS = 3
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from distill.accelerators import Accelerator, measured_tflops
 from distill.cache.memory import HiddenStateMemory
-from distill.planner.simulate import AUTOCAST_DTYPES, DeviceType, StepCost
+from distill.planner.simulate import DeviceType, StepCost
+from distill.precision import AUTOCAST_DTYPES
 from distill.task import DistillationTask
 
 TEACHER_FRACTION = 0.64

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from distill.errors import ConfigError, UnfinishedError
 from distill.stop_signals import close_stop_signals, stop_signals
+
+if TYPE_CHECKING:
+    from distill.vlm.ablation_grid import Grid
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 WIDTH = 110
@@ -67,23 +70,24 @@ def ablate(
 
     parsed = read_grid(grid)
     console = Console(width=WIDTH)
-    runs = run_cells(grid, out, Settings(batch_size, device, max_hours, seed), console)
+    runs = run_cells(parsed, out, Settings(batch_size, device, max_hours, seed), console)
     table = tabulate(parsed, runs, seed=seed)
     print_ablation(table, console)
     for file in write_ablation(table, out):
         console.print(f"Written: {file}", highlight=False, markup=False, soft_wrap=True)
 
 
-def run_cells(grid: Path, out: Path, settings: Settings, console: Console) -> dict[tuple[str, int], Path]:
+def run_cells(grid: Grid, out: Path, settings: Settings, console: Console) -> dict[tuple[str, int], Path]:
     """Run what is left of a grid, and return the scored run of each cell and seed.
 
     Raises:
         UnfinishedError: out of time, or told to stop.
     """
-    from distill.vlm.ablation_grid import read_grid
+    from distill.vlm.answers import read_questions
+    from distill.vlm.score_files import questions_fingerprint
 
-    parsed = read_grid(grid)
-    wanted = [(cell, seed) for cell in parsed.cells for seed in parsed.seeds]
+    asked = questions_fingerprint(read_questions(grid.questions))
+    wanted = [(cell, seed) for cell in grid.cells for seed in grid.seeds]
     began = time.monotonic()
     found: dict[tuple[str, int], Path] = {}
     for number, (cell, seed) in enumerate(wanted, start=1):
@@ -91,7 +95,7 @@ def run_cells(grid: Path, out: Path, settings: Settings, console: Console) -> di
         found[cell.name, seed] = folder
         title = f"[{number}/{len(wanted)}] {cell.name}, seed {seed}"
         content = {**cell.content, "seed": seed, "run_dir": str(folder)}
-        if is_scored(folder, content, parsed.questions):
+        if is_scored(folder, content, asked):
             console.print(f"{title}: done before", highlight=False, markup=False)
             continue
         hours = (time.monotonic() - began) / 3600
@@ -101,7 +105,7 @@ def run_cells(grid: Path, out: Path, settings: Settings, console: Console) -> di
                 "same command again to go on."
             )
         console.print(title, highlight=False, markup=False)
-        run_cell(content, parsed.questions, settings, console)
+        run_cell(content, grid.questions, settings, console)
     return found
 
 
@@ -122,19 +126,17 @@ def run_cell(content: dict[str, Any], questions: Path, settings: Settings, conso
     score_run(run.path, questions, run.path, options, console)
 
 
-def is_scored(folder: Path, content: dict[str, Any], questions: Path) -> bool:
-    """Whether a run of this very recipe was scored on these very questions.
+def is_scored(folder: Path, content: dict[str, Any], questions: str) -> bool:
+    """Whether a run of this very recipe was scored on the questions of this fingerprint.
 
     Raises:
         ConfigError: the folder holds a run of another recipe.
     """
     from distill.probe.results_file import read_probe
-    from distill.vlm.answers import read_questions
     from distill.vlm.runs import VLMRun, refuse_other_recipe
-    from distill.vlm.score_files import questions_fingerprint
 
     run, file = VLMRun(folder), folder / "probe.json"
     if not file.is_file() or not run.config_file.is_file():
         return False
     refuse_other_recipe(run.content(), content, folder)
-    return read_probe(file).data.get("fingerprint") == questions_fingerprint(read_questions(questions))
+    return read_probe(file).data.get("fingerprint") == questions

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from distill import training_cli
 from distill.data.fetch import PlannedDataset, collate
 from distill.data.samplers import PlanSampler
-from distill.engine import autocast_dtype
 from distill.optim import build_optimizer, build_scheduler, parameter_groups
 from distill.planner.recipe import read_recipe
+from distill.precision import AUTOCAST_DTYPES
 
 
 class Gated(Callback):
@@ -70,7 +70,7 @@ def bare(recipe: Path, channel: str) -> None:
     dataset = PlannedDataset(data.plan, data.img_size_px, data.augment)
     sampler = PlanSampler(steps * size, size, rank=0, world_size=1, start=0)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collate)
-    dtype, clip = autocast_dtype(precision), read.trainer["gradient_clip_val"]
+    dtype, clip = AUTOCAST_DTYPES.get(precision), read.trainer["gradient_clip_val"]
     parameters = [parameter for group in groups for parameter in group["params"]]
     task.train()
     for batch in loader:

@@ -44,7 +44,8 @@ def resampled(arm: Arm, key: Key) -> Floats:
     count = int(ids.max()) + 1
     drawn = np.random.default_rng(zlib.crc32(key[0].encode()))
     weights = drawn.multinomial(count, np.full(count, 1 / count), size=NUM_RESAMPLES).astype(np.float64)
-    by_seed = np.stack([weights @ _sums(run, ids, count)[0] / (weights @ _sums(run, ids, count)[1]) for run in runs])
+    sums = [_sums(run, ids, count) for run in runs]
+    by_seed = np.stack([weights @ numerators / (weights @ denominators) for numerators, denominators in sums])
     if len(runs) == 1:
         return by_seed[0]
     seeds = np.random.default_rng(zlib.crc32(arm.name.encode())).integers(0, len(runs), (len(runs), NUM_RESAMPLES))

@@ -83,7 +83,7 @@ def answer_cell(content: dict[str, Any], questions: Path, settings: Settings, co
 @pytest.fixture
 def ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], Path]:
     monkeypatch.setattr(verb, "run_cell", answer_cell)
-    return run_cells(folder / "grid.yaml", folder / "out", SETTINGS, QUIET)
+    return run_cells(read_grid(folder / "grid.yaml"), folder / "out", SETTINGS, QUIET)
 
 
 def test_a_grid_has_a_cell_for_every_combination_at_equal_budget(folder: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_was_run_before_is_kept(
         answer_cell(content, *arguments)
 
     monkeypatch.setattr(verb, "run_cell", noted)
-    run_cells(folder / "grid.yaml", folder / "out", SETTINGS, QUIET)
+    run_cells(read_grid(folder / "grid.yaml"), folder / "out", SETTINGS, QUIET)
     assert repeated == [str(gone)]
 
 
@@ -149,19 +149,19 @@ def test_other_questions_are_asked_of_all_cells_again(
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
     repeated: list[Any] = []
     monkeypatch.setattr(verb, "run_cell", lambda *arguments: repeated.append(arguments))
-    run_cells(folder / "grid.yaml", folder / "out", SETTINGS, QUIET)
+    run_cells(read_grid(folder / "grid.yaml"), folder / "out", SETTINGS, QUIET)
     assert len(repeated) == len(ran)
 
 
 def test_cells_of_another_recipe_in_the_folder_are_refused(folder: Path, ran: dict[tuple[str, int], Path]) -> None:
     with pytest.raises(ConfigError, match="another recipe: stages.s differ"):
-        run_cells(write_grid(folder, steps={"s": 6}), folder / "out", SETTINGS, QUIET)
+        run_cells(read_grid(write_grid(folder, steps={"s": 6})), folder / "out", SETTINGS, QUIET)
 
 
 def test_no_run_is_begun_after_the_time_is_over(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verb, "run_cell", lambda *_: pytest.fail("a run was begun"))
     with pytest.raises(UnfinishedError, match="0 of 8 runs done") as stop:
-        run_cells(folder / "grid.yaml", folder / "out", Settings(4, "cpu", 1e-12, 0), QUIET)
+        run_cells(read_grid(folder / "grid.yaml"), folder / "out", Settings(4, "cpu", 1e-12, 0), QUIET)
     assert stop.value.exit_code == 75
 
 
