@@ -50,6 +50,15 @@ def negative_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return -token_cosine(student, teacher).mean()
 
 
+def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return minus the cosine of the two means over tokens, averaged over images: a scalar in [-1, 1].
+
+    A mean varies less from image to image than tokens do, so a loss over tokens says little about it; yet pooled
+    features are all that nearest neighbours and linear probes read. A term beside the token loss, not instead of it.
+    """
+    return negative_cosine(student.float().mean(1), teacher.float().mean(1))
+
+
 def smooth_l1(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
     """Return the mean Huber loss, quadratic below `beta`; meant for standardised targets.
 
@@ -92,6 +101,16 @@ class NegativeCosine:
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return `negative_cosine(student, teacher)`."""
         return negative_cosine(student, teacher)
+
+
+class MeanCosine:
+    """`mean_cosine` as a recipe names it; for a `WeightedSum` with a loss over tokens."""
+
+    needs_head = True
+
+    def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Return `mean_cosine(student, teacher)`."""
+        return mean_cosine(student, teacher)
 
 
 class SmoothL1:

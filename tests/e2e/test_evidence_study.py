@@ -51,7 +51,7 @@ STUDY = {
             "title": "ours",
             "base": "base.yaml",
             "states": "teacher",
-            "changes": {"model.alignments.0.loss": {"class_path": "pooled.TokensAndMean"}},
+            "changes": {"model.alignments.0.loss": {"class_path": "distill.losses.MeanCosine"}},
         },
     },
     "settings": {

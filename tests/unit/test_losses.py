@@ -10,10 +10,12 @@ from torch import Tensor
 
 from distill.losses import (
     MSE,
+    MeanCosine,
     NegativeCosine,
     SmoothL1,
     TokenGram,
     WeightedSum,
+    mean_cosine,
     mse,
     negative_cosine,
     smooth_l1,
@@ -53,6 +55,15 @@ def test_an_all_zero_token_has_cosine_zero_not_nan() -> None:
     assert token_cosine(torch.zeros(1, 1, 4), torch.ones(1, 1, 4)).item() == 0.0
 
 
+def test_mean_cosine_sees_the_mean_over_tokens_alone() -> None:
+    teacher = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    swapped = teacher[:, [1, 0]]
+    assert mean_cosine(swapped, teacher).item() == pytest.approx(-1.0)
+    assert negative_cosine(swapped, teacher).item() == pytest.approx(-0.5)
+    away = torch.tensor([[[2.0, 0.0], [0.0, 0.0]], [[0.0, 3.0], [0.0, 0.0]]])
+    assert mean_cosine(away, teacher).item() == pytest.approx(-math.sqrt(0.5) / 2)  # 45 degrees, then a right angle
+
+
 def test_smooth_l1_is_quadratic_inside_beta_and_linear_outside() -> None:
     zero = torch.zeros(1, 1, 2)
     assert smooth_l1(torch.tensor([[[0.5, 3.0]]]), zero).item() == pytest.approx((0.125 + 2.5) / 2)
@@ -73,7 +84,7 @@ def test_token_gram_of_orthogonal_against_equal_tokens_is_one_half() -> None:
     assert token_gram(torch.eye(2)[None], torch.ones(1, 2, 3)).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("loss", [negative_cosine, smooth_l1, mse, token_gram])
+@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, smooth_l1, mse, token_gram])
 def test_no_gradient_reaches_the_teacher(loss) -> None:
     student, teacher = tokens(seed=1).requires_grad_(), tokens(seed=2).requires_grad_()
     loss(student, teacher).backward()
@@ -82,7 +93,7 @@ def test_no_gradient_reaches_the_teacher(loss) -> None:
     assert student.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("loss", [negative_cosine, smooth_l1, mse, token_gram])
+@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, smooth_l1, mse, token_gram])
 def test_gradients_agree_with_finite_differences(loss, monkeypatch: pytest.MonkeyPatch) -> None:
     # The losses compute in float32; gradcheck needs float64.
     monkeypatch.setattr(Tensor, "float", lambda self: self)
@@ -91,7 +102,7 @@ def test_gradients_agree_with_finite_differences(loss, monkeypatch: pytest.Monke
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher), (student,))
 
 
-@pytest.mark.parametrize("loss", [negative_cosine, smooth_l1, mse, token_gram])
+@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, smooth_l1, mse, token_gram])
 def test_bfloat16_inputs_under_autocast_give_the_float32_loss_within_rounding(loss) -> None:
     student, teacher = tokens(seed=1), tokens(seed=2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -104,6 +115,12 @@ def test_a_weighted_sum_adds_its_terms() -> None:
     x, y = tokens(seed=1), tokens(seed=2)
     value = WeightedSum([NegativeCosine(), SmoothL1()], [0.9, 0.1]).compute(x, y)
     assert torch.allclose(value, 0.9 * negative_cosine(x, y) + 0.1 * smooth_l1(x, y))
+
+
+def test_a_recipe_adds_the_mean_over_tokens_to_the_token_loss() -> None:
+    x, y = tokens(seed=1), tokens(seed=2)
+    value = WeightedSum([NegativeCosine(), MeanCosine()], [1.0, 0.5]).compute(x, y)
+    assert torch.allclose(value, negative_cosine(x, y) + 0.5 * mean_cosine(x, y))
 
 
 def test_a_weighted_sum_refuses_a_missing_weight() -> None:
