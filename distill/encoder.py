@@ -110,6 +110,8 @@ class TimmLayoutEncoder(Encoder, Protocol):
         """Pixels a side that the stored position embedding is for."""
         ...
 
+    # May also have `timm_strides: dict[str, int]`: strides set on timm's model afterwards, by module.
+
     def timm_state_dict(self) -> dict[str, Tensor]:
         """Every weight of `timm.create_model(timm_architecture, **timm_model_args)`, under timm's key names."""
         ...

@@ -34,8 +34,8 @@ class TimmStudent(TimmEncoder):
             take any size.
         model_args: further keyword arguments of `timm.create_model`; plain JSON values.
         strides: strides that differ from timm's model, by module, such as `stages.3.downsample.conv2.conv: 1`
-            for MobileSAM's TinyViT. Targets of `distill export` that name a timm architecture refuse such a student:
-            timm has no argument for it, and the features that come back are not the student's.
+            for MobileSAM's TinyViT. Exports that hold the whole graph (onnx, pt2, executorch) keep them; timm has no
+            argument for them, so the timm export refuses such a student.
         init: for random weights: "timm", or, for ViTs, "mimetic" (arXiv 2305.09828).
         seed: of random weights.
         drop_path_rate: stochastic depth; none leaves the model's own.
@@ -100,10 +100,15 @@ class TimmStudent(TimmEncoder):
             grad_checkpointing=grad_checkpointing,
         )
         set_strides(self.model, strides or {}, model_name)
-        self._weights, self._seed = weights, seed
+        self._weights, self._seed, self._strides = weights, seed, dict(strides or {})
         self._init: RandomInit = init
         self._unused = _freeze_unused_parameters(self.model, size)
         _fill_constant_buffers(self.model, model_name, args)
+
+    @property
+    def timm_strides(self) -> dict[str, int]:
+        """Strides that differ from timm's model, by module."""
+        return dict(self._strides)
 
     def read_weights(self) -> dict[str, Tensor]:
         """Return the named weights under timm's keys, without a classifier.

@@ -184,6 +184,11 @@ class TimmEncoder(nn.Module):
         return dict(self._model_args)
 
     @property
+    def timm_strides(self) -> dict[str, int]:
+        """Strides that differ from timm's model, by module; see `students.TimmStudent`."""
+        return {}
+
+    @property
     def img_size(self) -> int:
         """Pixels a side that the stored position embedding is for."""
         return self._img_size

@@ -20,7 +20,7 @@ from distill.errors import ExportError
 from distill.export.contract import Reading
 from distill.export.files import write_json
 from distill.export.golden import Preprocessing
-from distill.export.weights import read_timm_weights, timm_skeleton
+from distill.export.weights import read_timm_weights, set_strides, timm_skeleton
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,6 +99,7 @@ def build_graph_module(encoder: TimmLayoutEncoder) -> GraphModule:
     # Building a model draws from the global generator, which belongs to the caller.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         model = timm.create_model(encoder.timm_architecture, pretrained=False, **args)
+    set_strides(model, encoder)
     model.load_state_dict(weights, strict=True, assign=True)
     return GraphModule(model.requires_grad_(False).eval(), encoder.num_prefix_tokens).eval()
 

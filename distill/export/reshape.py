@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ConfigError, ExportError
 from distill.export.reshape_check import check_same_features
-from distill.export.weights import read_timm_weights, timm_skeleton
+from distill.export.weights import read_timm_weights, set_strides, strides_of, timm_skeleton
 
 POSITION_METHOD = "bicubic, antialias, float32"
 """timm's filter: what the student itself does with images of another size, and so what it was evaluated with."""
@@ -58,6 +58,7 @@ class ReshapedEncoder(nn.Module):
         self.original_img_size, self.original_depth = source.img_size, source.depth
         self.layout: Literal["internvit", "clip", "timm"] = source.layout
         self.timm_architecture, self.timm_model_args = source.timm_architecture, model_args
+        self.timm_strides = strides_of(source)
         self.layer_dims = source.layer_dims[: changes.layers]
         self.depth, self.embed_dim = len(self.layer_dims), self.layer_dims[-1]
         self.img_size = changes.img_size or source.img_size
@@ -216,6 +217,7 @@ def _rebuild(encoder: TimmLayoutEncoder, args: dict[str, Any], weights: dict[str
     try:
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(encoder.timm_architecture, pretrained=False, **args)
+        set_strides(model, encoder)
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ExportError(

@@ -16,7 +16,7 @@ from distill.encoder import Layer, TimmLayoutEncoder
 from distill.errors import ExportError
 from distill.export.contract import CONFIG_FILE, WEIGHTS_FILE, ConsumerFeatures, Reading, Variant, single_variant
 from distill.export.files import write_json, write_safetensors
-from distill.export.weights import read_timm_weights, timm_skeleton
+from distill.export.weights import read_timm_weights, strides_of, timm_skeleton
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,10 +34,10 @@ READING = Reading(
 
 
 def check(encoder: TimmLayoutEncoder) -> None:
-    """Return when timm knows the encoder's architecture; every layout is then welcome.
+    """Return when `timm.create_model` can rebuild the encoder; every layout is then welcome.
 
     Raises:
-        ExportError: it does not.
+        ExportError: timm does not know the architecture, or has no argument for the student's strides.
     """
     import timm
 
@@ -45,6 +45,13 @@ def check(encoder: TimmLayoutEncoder) -> None:
         raise ExportError(
             f"timm {timm.__version__} has no model {encoder.timm_architecture!r}, so no {FORMAT} export can be "
             "loaded. Give the student a timm architecture, or another timm release."
+        )
+    strides = strides_of(encoder)
+    if strides:
+        raise ExportError(
+            f"The student sets the strides {strides} on timm's {encoder.timm_architecture!r}, and `timm.create_model` "
+            f"has no argument for that: a {FORMAT} export would compute other features. Export it as onnx, pt2 or "
+            "executorch, which hold the whole graph."
         )
 
 

@@ -47,6 +47,17 @@ def timm_skeleton(encoder: TimmLayoutEncoder) -> nn.Module:
         ) from error
 
 
+def strides_of(encoder: TimmLayoutEncoder) -> dict[str, int]:
+    """Return the strides that differ from timm's model, by module; empty for an encoder that has no `timm_strides`."""
+    return dict(getattr(encoder, "timm_strides", {}))
+
+
+def set_strides(model: nn.Module, encoder: TimmLayoutEncoder) -> None:
+    """Give a model that was rebuilt by timm the strides that its encoder computes with."""
+    for path, stride in strides_of(encoder).items():
+        cast(Any, model.get_submodule(path)).stride = (stride, stride)
+
+
 def read_timm_weights(encoder: TimmLayoutEncoder, skeleton: nn.Module) -> dict[str, Tensor]:
     """Return every weight under timm's names, float32, on the CPU, contiguous and sharing no memory.
 

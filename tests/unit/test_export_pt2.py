@@ -11,12 +11,14 @@ import torch
 
 from distill.encoder import TimmLayoutEncoder
 from distill.errors import ExportError
-from distill.export import torch_export
+from distill.export import timm_dir, torch_export
 from distill.export.golden import compute_golden
 from distill.export.graph_module import trace
+from distill.export.reshape import Changes, reshape
 from distill.export.run import as_timm_layout
 from students import CLIPViT, InternViT, TimmStudent
 
+STRIDES = {"conv_stem": 1}
 SIZES: dict[str, Any] = {"img_size": 56, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -26,6 +28,7 @@ def make_student(layout: str) -> TimmLayoutEncoder:
         "internvit": lambda: InternViT(weights="random", **SIZES),
         "clip": lambda: CLIPViT(weights="random", **SIZES),
         "timm": lambda: TimmStudent("test_efficientnet", weights="random", img_size=64),
+        "strides": lambda: TimmStudent("test_efficientnet", weights="random", img_size=64, strides=STRIDES),
     }[layout]()
     student.load_weights()
     with torch.no_grad():
@@ -35,7 +38,7 @@ def make_student(layout: str) -> TimmLayoutEncoder:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["internvit", "clip", "timm"])
+@pytest.mark.parametrize("layout", ["internvit", "clip", "timm", "strides"])
 def test_the_loaded_program_gives_the_students_numbers_exactly(layout: str, tmp_path: Path) -> None:
     student = make_student(layout)
     torch_export.write(student, tmp_path)
@@ -43,6 +46,16 @@ def test_the_loaded_program_gives_the_students_numbers_exactly(layout: str, tmp_
     got = torch_export.consumer_features(tmp_path, "float32", golden.preprocessing.normalise(golden.image), 1)
     for tensor, expected in zip(got.layers[0], golden.layers[-1], strict=True):
         assert torch.equal(tensor, expected)
+
+
+def test_a_student_with_strides_of_its_own_keeps_them_when_changed_and_is_no_timm_directory() -> None:
+    student = make_student("strides")
+    changed = reshape(student, Changes(img_size=96))
+    assert changed.forward_hidden_states(torch.zeros(1, 3, 96, 96), 1)[0][1].shape[1] == 96 // student.patch_size
+    for encoder in (student, changed):
+        with pytest.raises(ExportError, match="Export it as onnx, pt2 or executorch"):
+            timm_dir.check(encoder)
+    timm_dir.check(make_student("timm"))
 
 
 @pytest.mark.slow
