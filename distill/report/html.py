@@ -67,7 +67,7 @@ class RunFacts:
     @property
     def has_vlms(self) -> bool:
         """Whether small VLMs were built around the run's encoders."""
-        return self.vlms.comparison is not None or bool(self.vlms.absent)
+        return self.vlms.comparison is not None or bool(self.vlms.absent or self.vlms.over_seeds)
 
 
 @dataclass

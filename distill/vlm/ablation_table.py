@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.data.pack.durable import durable_file
+from distill.errors import DataError
 from distill.probe.contenders import PerImageFiles, read_contenders
 from distill.probe.number_text import difference_text, interval_text, score_text
-from distill.probe.paired_ratio import paired_figure
+from distill.probe.paired_ratio import PairedFigure, paired_figure
 from distill.probe.rung import PerImage, RungScore
 from distill.probe.score_intervals import figure_interval
 from distill.vlm.ablation_grid import Grid
@@ -43,8 +44,8 @@ class AblationFigure:
         n: questions.
         seeds: how many.
         blind: what the best constant answers score.
-        difference: from the baseline, paired question by question; None for the baseline itself.
-        difference_low: lower end of its interval, over questions.
+        difference: from the baseline, paired by question and seed; None for the baseline itself.
+        difference_low: lower end of its interval, over questions and seeds.
         difference_high: its upper end.
         verdict: "better", "worse", "not distinguishable", or "" for the baseline.
     """
@@ -113,15 +114,17 @@ def _seconds(run: Path) -> float:
 
 
 def _cell_scores(runs: Sequence[Path]) -> dict[str, RungScore]:
-    """Return each figure of a cell, its seeds as draws."""
+    """Return each figure of a cell that is a mean over questions, its seeds as draws; POPE's F1 is none."""
     reader = PerImageFiles()
     found: dict[str, list[PerImage]] = {}
     about: dict[str, Any] = {}
     for run in runs:
         contender = read_contenders([run / "probe.json"], "all")[0]
         for metric, at in contender.entries:
-            found.setdefault(metric, []).append(reader.read(contender, (metric, at)))
-            about[metric] = contender.results.info(metric)
+            part = reader.read(contender, (metric, at))
+            if part.denominator.shape[1] == 1 and bool((part.denominator == 1).all()):
+                found.setdefault(metric, []).append(part)
+                about[metric] = contender.results.info(metric)
     scores: dict[str, RungScore] = {}
     for metric, parts in found.items():
         draws = np.stack([part.numerator[:, 0] for part in parts])
@@ -150,11 +153,27 @@ def _figure(cell: str, score: RungScore, baseline: RungScore | None, seed: int) 
     )
     if baseline is None:
         return figure
-    pair = paired_figure(score.per_image, baseline.per_image, KIND, seed=seed)
+    pair = _paired(score, baseline, seed)
     verdict = pair.verdict(lower_is_better=False)
     return replace(
         figure, difference=pair.difference, difference_low=pair.low, difference_high=pair.high, verdict=verdict
     )
+
+
+def _paired(score: RungScore, baseline: RungScore, seed: int) -> PairedFigure:
+    """Return the difference from the baseline, paired by question and, where there are several, by seed.
+
+    A seed sets initial weights and the order of the data of either side alike. Its interval resamples seeds as well as
+    questions: runs that differ in their seed alone can lie further apart than the sides do.
+    """
+    pair = paired_figure(score.per_image, baseline.per_image, KIND, seed=seed)
+    if score.draws is None or baseline.draws is None:
+        return pair
+    draws = score.draws - baseline.draws
+    low, high = figure_interval(
+        replace(score, per_image=replace(score.per_image, numerator=draws.mean(0)[:, None]), draws=draws), seed=seed
+    )
+    return replace(pair, low=low, high=high)
 
 
 def print_ablation(table: AblationTable, console: Console) -> None:
@@ -179,7 +198,7 @@ def legend(table: AblationTable) -> str:
     seeds = ", ".join(map(str, table.seeds))
     return (
         f"Per cent right, mean over seed(s) {seeds}, with the 95 % interval over questions and seeds; below it the "
-        f"paired difference from {table.baseline}, with its interval over questions."
+        f"paired difference from {table.baseline}, with its interval over the same."
     )
 
 
@@ -220,6 +239,25 @@ def write_ablation(table: AblationTable, out: Path) -> list[Path]:
             file.write(text.encode())
         written.append(out / name)
     return written
+
+
+def read_ablation(file: Path) -> AblationTable:
+    """Return the table that `write_ablation` wrote as ablation.json.
+
+    Raises:
+        DataError: the file cannot be read, or is no such table.
+    """
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
+        figures = [AblationFigure(**entry) for entry in content["figures"]]
+        seeds, resampling_seed = tuple(content["seeds"]), int(content["resampling_seed"])
+        return AblationTable(
+            content["cells"], content["baseline"], figures, content["train_seconds"], seeds, resampling_seed
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is no table of `distill ablate` ({error}); run the ablation again.") from error
 
 
 def markdown(table: AblationTable) -> str:

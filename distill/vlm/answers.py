@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,13 +14,24 @@ from rich.progress import track
 from distill.errors import DataError
 from distill.vlm.batch import collate
 from distill.vlm.build import BuiltVLM
-from distill.vlm.conversation import Conversation
+from distill.vlm.conversation import Conversation, Turn
 from distill.vlm.questions import QUESTION_KINDS, QuestionName
 from distill.vlm.records import RecordFile
-from distill.vlm.scoring import METRICS, MetricName, multiple_choice
+from distill.vlm.scoring import (
+    METRICS,
+    MetricName,
+    circular_questions,
+    format_choices,
+    is_right_yes_no,
+    multiple_choice,
+)
 from distill.vlm.scoring.choice import LETTERS
 
 MULTIPLE_CHOICE = "multiple_choice"
+CIRCULAR = "circular"
+POPE = "pope"
+
+Metric = MetricName | Literal["multiple_choice", "circular", "pope"]
 
 
 @dataclass(frozen=True)
@@ -34,19 +45,23 @@ class ScoredQuestion:
         answers: what is right; several where people answered.
         conversation: image and question.
         options: of a multiple-choice question, whose one answer is an option or its letter; empty for others.
+        circle: of a question that is asked in each order of its options: the id of its record; empty for others.
     """
 
     id: str
     kind: str
-    metric: MetricName | Literal["multiple_choice"]
+    metric: Metric
     answers: tuple[str, ...]
     conversation: Conversation
     options: tuple[str, ...] = ()
+    circle: str = ""
 
     def value(self, text: str) -> float:
-        """Return what an answer is worth, from 0 to 1."""
-        if self.metric == MULTIPLE_CHOICE:
+        """Return what an answer is worth, from 0 to 1; of a circle's questions each by itself."""
+        if self.metric == "multiple_choice" or self.metric == "circular":
             return multiple_choice(text, self.options, right_option(self.answers[0], self.options))
+        if self.metric == "pope":
+            return is_right_yes_no(text, self.answers[0])
         return METRICS[self.metric](text, self.answers)
 
 
@@ -70,7 +85,13 @@ def read_questions(file: Path, image_folder: Path | None = None, limit: int | No
 
     Beside `conversations` and `image`, a record may have `kind` (a group of questions; "all" without), `metric` (see
     `METRICS`; exact_match without), `answers` (a list; the last turn without) and `options` (a list, which makes it a
-    multiple-choice question; its text is to name them).
+    multiple-choice question; its text is to name them). The metric pope is for answers yes and no. The metric circular
+    makes a question of each order of the options, which are added to the record's text.
+
+    Args:
+        file: the records.
+        image_folder: where image names start; the file's folder when left out.
+        limit: read only the first so many records.
 
     Raises:
         ConfigError: the file is no JSONL.
@@ -81,8 +102,11 @@ def read_questions(file: Path, image_folder: Path | None = None, limit: int | No
     records = RecordFile(file, "instruction", image_folder)
     lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
     questions = [
-        _question(f"{file}: record {number + 1}", cast(dict[str, Any], json.loads(line)), records[number])
+        asked
         for number, line in enumerate(lines[:limit])
+        for asked in _orders(
+            _question(f"{file}: record {number + 1}", cast(dict[str, Any], json.loads(line)), records[number])
+        )
     ]
     ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
@@ -97,12 +121,48 @@ def _question(where: str, record: Mapping[str, Any], conversation: Conversation)
         raise DataError(f"{where}: 'answers' is {answers!r:.80}; give a list of texts, or an answer as the last turn.")
     kind = str(record.get("kind") or "all")
     drawn = QUESTION_KINDS.get(cast(QuestionName, kind))
-    options = _options(where, record, cast(list[str], answers)[0])
-    metric = MULTIPLE_CHOICE if options else record.get("metric") or (drawn.metric if drawn else "exact_match")
-    if metric != MULTIPLE_CHOICE and metric not in METRICS:
-        raise DataError(f"{where}: the metric {metric!r:.80} is unknown; choose one of {', '.join(METRICS)}.")
     texts = tuple(cast(list[str], answers))
-    return ScoredQuestion(str(record.get("id") or where), kind, cast(MetricName, metric), texts, conversation, options)
+    options = _options(where, record, texts[0])
+    metric = record.get("metric") or (MULTIPLE_CHOICE if options else drawn.metric if drawn else "exact_match")
+    _check_metric(where, metric, texts, options)
+    return ScoredQuestion(str(record.get("id") or where), kind, cast(Metric, metric), texts, conversation, options)
+
+
+def _check_metric(where: str, metric: object, answers: Sequence[str], options: Sequence[str]) -> None:
+    """Refuse a metric that is unknown, or that answers or options do not suit."""
+    of_choices = (MULTIPLE_CHOICE, CIRCULAR)
+    if metric not in (*METRICS, *of_choices, POPE):
+        known = ", ".join((*METRICS, *of_choices, POPE))
+        raise DataError(f"{where}: the metric {metric!r:.80} is unknown; choose one of {known}.")
+    if bool(options) != (metric in of_choices):
+        raise DataError(
+            f"{where}: the metric {metric} with {len(options)} options; {' and '.join(of_choices)} score questions "
+            "with options, the other metrics those without."
+        )
+    if metric == POPE and answers[0].strip().lower() not in ("yes", "no"):
+        raise DataError(f"{where}: the metric pope is for the answers yes and no, not {answers[0]!r:.80}.")
+    if metric == CIRCULAR and len(set(options)) < len(options):
+        raise DataError(f"{where}: an option stands twice in {list(options)!r:.80}; which order is right is not clear.")
+
+
+def _orders(question: ScoredQuestion) -> Iterator[ScoredQuestion]:
+    """Yield a question, or, of a circular one, a question for each order of its options, which its text names."""
+    if question.metric != CIRCULAR:
+        yield question
+        return
+    right = right_option(question.answers[0], question.options)
+    *before, last = question.conversation.question.turns
+    for number, (options, place) in enumerate(circular_questions(question.options, right)):
+        turns = (*before, Turn("human", format_choices(last.text, options)), Turn("assistant", LETTERS[place]))
+        name = f"{question.id}/{number}"
+        yield replace(
+            question,
+            id=name,
+            answers=(options[place],),
+            conversation=replace(question.conversation, id=name, turns=turns),
+            options=tuple(options),
+            circle=question.id,
+        )
 
 
 def _options(where: str, record: Mapping[str, Any], answer: str) -> tuple[str, ...]:

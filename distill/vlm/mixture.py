@@ -91,29 +91,3 @@ def _checked_weights(weights: Mapping[str, float], names: tuple[str, ...]) -> di
             f"The weights {wrong or dict(weights)} cannot be: finite, not negative, at least one above 0."
         )
     return {name: float(weights[name]) for name in names if weights[name]}
-
-
-def adaptation_weights(domain: Mapping[str, int], general: Mapping[str, int], ratio: float = 0.25) -> dict[str, float]:
-    """Return weights that mix general data into a domain's, within each side by size.
-
-    Mini-InternVL (arXiv 2410.16261, section 3.3) takes `ratio` general samples for each domain sample; 0.25 was its
-    best.
-
-    Args:
-        domain: records of each domain source.
-        general: records of each general source.
-        ratio: general samples for each domain sample; 0 leaves general data out.
-
-    Raises:
-        ConfigError: the ratio is negative or not finite, or a side that is needed has no record.
-    """
-    if not (math.isfinite(ratio) and ratio >= 0):
-        raise ConfigError(f"The ratio of general to domain data is {ratio}; it must be finite and not negative.")
-    if not sum(domain.values()) or (ratio and not sum(general.values())):
-        raise ConfigError("Domain adaptation needs domain records, and general ones unless the ratio is 0.")
-    twice = sorted(set(domain) & set(general))
-    if twice:
-        raise ConfigError(f"The source(s) {', '.join(twice)} are named as domain and as general data; rename one.")
-    of_general = sum(general.values()) or 1
-    weights = {name: size / sum(domain.values()) for name, size in domain.items()}
-    return {**weights, **{name: ratio * size / of_general for name, size in general.items()}}

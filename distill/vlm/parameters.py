@@ -18,7 +18,7 @@ class ParameterCounts:
         connector: of the connector.
         language: of the language model, LoRA and added norms included.
         lora: of LoRA alone.
-        trained: of all parts, what the optimiser gets.
+        trained: what the parts' own `tune` leaves to be trained; a stage may train less.
     """
 
     vision: int
@@ -41,7 +41,7 @@ class ParameterCounts:
         parts = f"encoder {_millions(self.vision)}, connector {_millions(self.connector)}"
         lora = f" (LoRA {_millions(self.lora)}, {self.lora_percent:.2f} %)" if self.lora else ""
         language = f"language model {_millions(self.language)}{lora}"
-        return f"{_millions(self.total)} parameters: {parts}, {language}; {_millions(self.trained)} trained"
+        return f"{_millions(self.total)} parameters: {parts}, {language}; {_millions(self.trained)} may be trained"
 
 
 def _millions(count: int) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -144,15 +143,6 @@ def _draw_question(config: QuestionConfig, kind: QuestionName, number: int) -> Q
     name = f"{kind}-{config.split}-{config.seed}-{number:06d}"
     turns = (Turn("human", f"{IMAGE_PLACE}\n{of_kind.question}"), Turn("assistant", answer))
     return Question(kind, Conversation(name, turns, (EncodedImage(buffer.getvalue(), name),)))
-
-
-def chance_level(kind: QuestionName, num_questions: int) -> float:
-    """Return what the best constant answer scores on so many questions of a kind, from 0 to 1.
-
-    Answers are dealt in turn, so this is one over their number where that divides `num_questions`, and hardly more
-    elsewhere. Whoever does not see the images cannot expect more.
-    """
-    return math.ceil(num_questions / len(QUESTION_KINDS[kind].answers)) / num_questions
 
 
 def question_texts() -> list[str]:

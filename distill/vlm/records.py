@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -78,14 +77,6 @@ def read_records(
             raise ConfigError(f"{path} holds plain text, which has kind text; it was given as {kind}.")
         return TextFiles(path)
     return RecordFile(path, kind, image_folder, caption_prompt=caption_prompt)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """Where a record stands in its file."""
-
-    start: int
-    num_bytes: int
 
 
 class RecordFile(Sequence[Conversation]):

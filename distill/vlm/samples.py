@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from distill.errors import ConfigError
 from distill.vlm.batch import IGNORED_LABEL, VLMSample
@@ -123,39 +121,3 @@ def tiling_for(tiling: Tiling, num_images: int, *, is_video: bool) -> Tiling:
     """Return how each of a record's images is cut, so that several images share what one may have."""
     max_tiles = 1 if is_video else max(1, tiling.max_tiles // max(1, num_images))
     return replace(tiling, min_tiles=min(tiling.min_tiles, max_tiles), max_tiles=max_tiles)
-
-
-class Conversations(Protocol):
-    """Conversations by place."""
-
-    def __len__(self) -> int:
-        """Return how many there are in one pass."""
-        ...
-
-    def __getitem__(self, position: int, /) -> Conversation:
-        """Return the conversation at a place."""
-        ...
-
-
-class SampleDataset(Dataset[VLMSample]):
-    """Conversations as samples, one by one when they are asked for.
-
-    Args:
-        conversations: records, or a mixture of them.
-        builder: makes the samples.
-    """
-
-    def __init__(self, conversations: Conversations, builder: SampleBuilder) -> None:
-        self.conversations = conversations
-        self.builder = builder
-
-    def __len__(self) -> int:
-        return len(self.conversations)
-
-    def __getitem__(self, position: int) -> VLMSample:
-        """Return the sample at a place.
-
-        Raises:
-            DataError: the record there cannot be used.
-        """
-        return self.builder.build(self.conversations[position])

@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from distill.probe.number_text import interval_text, score_text
 from distill.probe.probe_file import FORMAT, write_probe
-from distill.probe.rung import PerImage, RungScore
 from distill.probe.score_intervals import score_entries
 from distill.probe.scores import Scores, metrics_of
 from distill.vlm.answers import Answer, ScoredQuestion
-
-OVERALL_METRIC = "vlm_all"
+from distill.vlm.figures import rungs_of
 
 
 def write_scores(
@@ -61,34 +58,6 @@ def write_scores(
     }
     write_probe(result, {name: scores}, target)
     return result
-
-
-def rungs_of(answers: Sequence[Answer], fingerprint: str) -> list[RungScore]:
-    """Return one figure for each kind of question, and where there are several, one for all together."""
-    kinds = list(dict.fromkeys(answer.question.kind for answer in answers))
-    groups: list[tuple[str, str, tuple[str, ...]]] = [
-        (f"vlm_{kind}", f"VLM: {kind.replace('_', ' ')}", (kind,)) for kind in kinds
-    ]
-    if len(kinds) > 1:
-        groups.insert(0, (OVERALL_METRIC, "VLM: all questions", tuple(kinds)))
-    found: list[RungScore] = []
-    for metric, title, members in groups:
-        rows = np.array([row for row, answer in enumerate(answers) if answer.question.kind in members])
-        values = np.array([[answers[row].value] for row in rows], dtype=np.float64)
-        parts = PerImage(rows, values, np.ones_like(values), rows)
-        blind = chance([answers[row].question for row in rows])
-        found.append(RungScore(metric, title, "accuracy", parts, {}, data=fingerprint, blind=blind))
-    return found
-
-
-def chance(questions: Sequence[ScoredQuestion]) -> float:
-    """Return what the best constant answer to each kind of question scores: who sees no image cannot expect more."""
-    right = 0
-    for kind in {question.kind for question in questions}:
-        answers = [question.answers for question in questions if question.kind == kind]
-        candidates = {answer for given in answers for answer in given}
-        right += max(sum(candidate in given for given in answers) for candidate in candidates)
-    return right / len(questions)
 
 
 def questions_fingerprint(questions: Sequence[ScoredQuestion]) -> str:

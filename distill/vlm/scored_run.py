@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,15 +17,19 @@ from distill.encoder import Encoder
 from distill.errors import ConfigError
 from distill.probe.encoders import run_of
 from distill.probe.extraction import choose_device
-from distill.vlm.answers import Answer, ask, read_questions
+from distill.vlm.answers import Answer, ask, read_questions, right_option
 from distill.vlm.build import BuiltVLM, load_trained
 from distill.vlm.conversation import IMAGE_PLACE
+from distill.vlm.figures import pope_results
 from distill.vlm.predictions import Prediction, write_lmms_eval, write_vlmevalkit
 from distill.vlm.runs import VLMRun
 from distill.vlm.score_files import print_scores, write_scores
+from distill.vlm.scoring.choice import LETTERS
 from distill.vlm.vision import MANIFEST, VisionConfig
 
 NOISE_NAME = "noise"
+CIRCLE_STEP = 1_000_000
+"""What VLMEvalKit adds to a question's index for each further order of its options."""
 
 
 @dataclass(frozen=True)
@@ -80,37 +84,52 @@ def score_run(path: Path, data: Path, out: Path, options: ScoreOptions, console:
     result = write_scores(answers, out / "probe.json", encoder=facts, data=data, seed=options.seed, settings=settings)
     console.print(f"Encoder: {facts['name']} ({facts['source']})", highlight=False, markup=False, soft_wrap=True)
     print_scores(result, console)
-    for file in (out / "probe.json", *write_predictions(answers, out, path, data)):
+    figures = {entry["metric"]: float(entry["value"]) for entry in result["encoders"][0]["scores"]}
+    for file in (out / "probe.json", *write_predictions(answers, out, path, data, figures)):
         console.print(f"Written: {file}", highlight=False, markup=False, soft_wrap=True)
     return result
 
 
-def write_predictions(answers: Sequence[Answer], out: Path, run: Path, data: Path) -> list[Path]:
+def write_predictions(
+    answers: Sequence[Answer], out: Path, run: Path, data: Path, figures: Mapping[str, float]
+) -> list[Path]:
     """Write the answers to OUT/predictions as VLMEvalKit and lmms-eval read them, and return the files.
 
     Raises:
         ConfigError: a file cannot be written.
     """
     model, benchmark = (re.sub(r"[^\w.-]+", "-", name).lstrip(".") or "run" for name in (run.resolve().name, data.stem))
-    predictions = [
-        Prediction(
-            number,
-            answer.question.conversation.turns[0].text.replace(IMAGE_PLACE, "").strip(),
-            answer.question.answers,
-            answer.text,
-            answer.value,
-            options=answer.question.options,
-            category=answer.question.kind,
-        )
-        for number, answer in enumerate(answers)
-    ]
-    folder = out / "predictions"
+    predictions = predictions_of(answers)
+    folder, results = out / "predictions", {**figures, **pope_results(answers)}
     try:
         kit = write_vlmevalkit(predictions, folder / "vlmevalkit", model, benchmark)
-        eval_file = write_lmms_eval(predictions, folder / "lmms_eval", model, benchmark, datetime.now(UTC))
+        eval_file = write_lmms_eval(predictions, folder / "lmms_eval", model, benchmark, datetime.now(UTC), results)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error}. Free space, or give another --out.") from error
     return [*kit, eval_file]
+
+
+def predictions_of(answers: Sequence[Answer]) -> list[Prediction]:
+    """Return the answers as benchmarks number them: records in turn, each order of a circular one a million further."""
+    found: list[Prediction] = []
+    places: dict[str, list[int]] = {}
+    for answer in answers:
+        question = answer.question
+        orders = places.setdefault(question.circle or question.id, [])
+        orders.append(len(places) - 1 if not orders else orders[-1] + CIRCLE_STEP)
+        letter = LETTERS[right_option(question.answers[0], question.options)] if question.options else ""
+        found.append(
+            Prediction(
+                orders[-1],
+                question.conversation.question.turns[-1].text.replace(IMAGE_PLACE, "").strip(),
+                (letter,) if letter else question.answers,
+                answer.text,
+                answer.value,
+                options=question.options,
+                category=question.kind,
+            )
+        )
+    return found
 
 
 def encoder_facts(built: BuiltVLM) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The verb `distill vlm`: a small VLM around an encoder, trained, scored and timed."""
+"""The verb `distill vlm`: a small VLM around an encoder, trained, scored, timed and exported."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WIDTH = 100
 
 def practice(
     out: Path,
-    train: int = 400,
+    train: int = 1200,
     heldout: int = 100,
     img_size_px: int = 64,
     seed: int = 0,
@@ -90,7 +90,8 @@ def score(
 
     Args:
         run: the folder of a finished `distill vlm fit`.
-        data: questions, a .jsonl file in LLaVA's layout; a record may have `kind`, `metric` and `answers` as well.
+        data: questions, a .jsonl file in LLaVA's layout; a record may have `kind`, `metric`, `answers` and `options` as
+            well.
         out: folder for probe.json and the predictions; when left out the run's, or with --noise RUN/noise.
         image_folder: where the records' image names start; the folder of `data` when left out.
         noise: replace the encoder's features by noise: what is left of the score then is not owed to the images.
@@ -173,5 +174,20 @@ def adapt(
     Console().print(f"Written: {written}", highlight=False, markup=False, soft_wrap=True)
 
 
-vlm = {"practice": practice, "fit": fit, "score": score, "latency": latency, "adapt": adapt}
+def export(run: Path, *, out: Path) -> None:
+    """Write a trained VLM's parts for use elsewhere: language model (LoRA merged), connector, and a trained encoder.
+
+    Args:
+        run: the folder of a finished `distill vlm fit`.
+        out: a new folder for language/, connector.safetensors, vision/ where the encoder was trained, and vlm.json.
+
+    Raises:
+        DistillError: the run is not finished, cannot be exported, or `out` is there or cannot be written.
+    """
+    from distill.vlm.export import export_vlm
+
+    export_vlm(run, out, Console())
+
+
+vlm = {"practice": practice, "fit": fit, "score": score, "latency": latency, "adapt": adapt, "export": export}
 """What stands after `distill vlm`."""

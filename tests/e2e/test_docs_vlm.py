@@ -63,7 +63,8 @@ def run_command(command: str, folder: Path) -> None:
     if words[0] == "ablate":
         text = (ROOT / words[1]).read_text(encoding="utf-8")
         cheaper = folder / "cheaper.yaml"
-        cheaper.write_text(text.replace("{align: 20, tune: 150}", "{align: 1, tune: 2}").replace("[0, 1]", "[0]"))
+        seeds = "seeds: [0, 1]" if words[1].endswith("encoder.yaml") else "seeds: [0]"
+        cheaper.write_text(re.sub(r"tune: \d+}", "tune: 2}", re.sub(r"seeds: \[.*\]", seeds, text)))
         words[1] = str(cheaper)
     name = " ".join(words[:2]) if words[0] == "vlm" else words[0]
     main([*words, *CHEAPER.get(name, [])])
@@ -84,6 +85,10 @@ def test_the_commands_leave_the_files_they_name(folder: Path) -> None:
         "runs/mine/vlm/student/noise/probe.json",
         "runs/mine/vlm/initial/stages/2-tune/stage.json",
         "runs/mine/report.html",
+        "runs/mine/vlm/seeds/ablation.md",
+        "runs/mine/vlm-parts/language/model.safetensors",
+        "runs/mine/vlm-parts/connector.safetensors",
+        "runs/mine/vlm-parts/vlm.json",
         "runs/ablation/ablation.md",
     ):
         assert (folder / name).stat().st_size > 0, name
@@ -101,6 +106,8 @@ def test_the_report_compares_the_student_with_its_initialisation_inside_the_vlm(
         assert title in section
     assert re.search(r"better|worse|not distinguishable", section)
     assert "<th>chance</th>" in section
+    assert "mean over seed(s) 0, 1" in section
+    assert "<th>encoder=student</th>" in section
 
 
 def test_scores_say_which_encoder_stands_inside(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Each small-VLM recipe trains from end to end at toy size around an encoder that this project exported.
 
-What is claimed of each: the loss falls; held-out questions on charts and counts, and with MM1 on words, are answered
-above chance by more than the interval; and without the encoder's features nothing of that is left.
+What is claimed of each: the loss falls; held-out questions on words, charts and counts are answered above chance by
+more than the interval; and without the encoder's features nothing of that is left.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ pytestmark = [
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "vlm"
 RECIPES = ("mini_internvl", "mobilevlm_v1", "mobilevlm_v2", "mm1", "tinygptv")
 STUDENT = "--model.students.vit.init_args"
-SEEN_BY_ALL = ("vlm_chart_type", "vlm_chart_value", "vlm_count")
-READS_WORDS = ("mm1",)
-"""The others are asked to read, too; within these few steps they do not learn it, and nothing is claimed."""
-
-NUM_TRAIN, NUM_HELD_OUT = 300, 120
+CLAIMED = ("vlm_word", "vlm_chart_type", "vlm_chart_value", "vlm_count")
+NUM_TRAIN, NUM_HELD_OUT = 1200, 120
+SEED = 2
+"""Of the practice data: the overlays' settings were chosen on seeds 0 and 1."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,9 @@ def folder(demo_recipe: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         training_cli.run(demo_recipe.words(path / "student", *overrides))
     export(path / "student", format="timm")
     languages = ("llama", "qwen2", "phi")
-    write_practice(path / "practice", train=NUM_TRAIN, heldout=NUM_HELD_OUT, img_size_px=64, seed=0, language=languages)
+    write_practice(
+        path / "practice", train=NUM_TRAIN, heldout=NUM_HELD_OUT, img_size_px=64, seed=SEED, language=languages
+    )
     before = Path.cwd()
     os.chdir(path)
     try:
@@ -83,14 +84,13 @@ def test_a_recipe_learns_to_answer_from_the_features_of_an_exported_encoder(fold
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20]), "the loss falls"
 
     seen, unseen = score(run.path), score(run.path, "--noise", "true")
-    claimed = (*SEEN_BY_ALL, "vlm_word") if name in READS_WORDS else SEEN_BY_ALL
-    for metric in claimed:
+    for metric in CLAIMED:
         assert seen[metric]["low"] > seen[metric]["chance"], f"{metric} is above chance by more than its interval"
         assert unseen[metric]["low"] <= unseen[metric]["chance"], f"{metric} without the features is not"
 
     contenders = read_contenders([run.path / "noise", run.path], "all")
     verdicts = {figure.metric: figure.verdict for figure in compare_contenders(contenders).figures}
-    assert {verdicts[metric] for metric in claimed} == {"better"}, "each difference leaves out zero"
+    assert {verdicts[metric] for metric in CLAIMED} == {"better"}, "each difference leaves out zero"
 
 
 def test_training_on_noise_in_place_of_features_teaches_nothing_but_the_questions(folder: Path) -> None:

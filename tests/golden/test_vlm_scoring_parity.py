@@ -19,7 +19,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.errors import ConfigError, DataError
 from distill.vlm.scoring import (
     anls,
     exact_match,
@@ -27,7 +26,6 @@ from distill.vlm.scoring import (
     ocrbench,
     ocrbench_formula,
     relaxed_accuracy,
-    score_answers,
     vqa,
     vqa_accuracy,
 )
@@ -255,19 +253,6 @@ def test_ocrbench_counts_containment(prediction: str, answers: list[str], expect
 def test_ocrbench_formulas_keep_case_and_leave_spaces_out() -> None:
     assert ocrbench_formula("x ^ { 2 } + Y", ["x^{2} + Y"]) == 1.0
     assert ocrbench_formula("x ^ { 2 } + y", ["x^{2} + Y"]) == 0.0
-
-
-# --- All -------------------------------------------------------------------------------------------------------------
-
-
-def test_answers_are_scored_question_by_question() -> None:
-    assert score_answers("exact_match", ["a", "b"], [["a"], ["c", "B"]]) == [1.0, 1.0]
-    with pytest.raises(ConfigError, match="Unknown metric 'bleu'"):
-        score_answers("bleu", [], [])  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="1 predictions for 2 questions"):
-        score_answers("anls", ["a"], [["a"], ["b"]])
-    with pytest.raises(DataError, match="Question 1 has no reference"):
-        score_answers("anls", ["a", "b"], [["a"], []])
 
 
 def test_the_example_runs() -> None:

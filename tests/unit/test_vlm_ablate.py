@@ -14,10 +14,12 @@ from rich.console import Console
 
 from distill.data.pack.durable import durable_file
 from distill.errors import ConfigError, UnfinishedError
+from distill.report.html import Page, RunFacts, render
+from distill.report.small_vlms import vlm_section
 from distill.vlm import ablate as verb
 from distill.vlm.ablate import Settings, run_cells
 from distill.vlm.ablation_grid import read_grid
-from distill.vlm.ablation_table import markdown, tabulate, write_ablation
+from distill.vlm.ablation_table import markdown, read_ablation, tabulate, write_ablation
 from distill.vlm.answers import Answer, read_questions
 from distill.vlm.runs import STAGE_FORMAT, VLMRun
 from distill.vlm.score_files import write_scores
@@ -189,3 +191,62 @@ def test_the_table_is_written_for_programs_and_for_people(folder: Path, ran: dic
     assert [row["connector"] for row in rows] == ["mlp", "ldp", "mlp", "ldp"]
     assert float(rows[2]["difference"]) == pytest.approx(0.4)
     assert "| encoder=b+connector=mlp | count | 40 | 25.0 |" in markdown(table)
+
+
+def test_the_table_is_read_again_and_stands_in_the_report_of_the_run_it_lies_in(
+    folder: Path, ran: dict[tuple[str, int], Path]
+) -> None:
+    table = tabulate(read_grid(folder / "grid.yaml"), ran, seed=0)
+    assert vlm_section(folder).over_seeds == []
+    (folder / "vlm" / "seeds").mkdir(parents=True)
+    write_ablation(table, folder / "vlm" / "seeds")
+    assert read_ablation(folder / "vlm" / "seeds" / "ablation.json") == table
+    (shown,) = vlm_section(folder).over_seeds
+    (row,) = shown.rows
+    assert (shown.name, row.title, row.n, row.chance) == ("seeds", "VLM: count (%)", 40, "25.0")
+    assert row.cells["encoder=a+connector=mlp"][::3] == ("50.0", "baseline")
+    value, interval, change, verdict = row.cells["encoder=b+connector=mlp"]
+    assert (value, verdict) == ("90.0", "better")
+    assert interval.endswith("± 0.0")
+    assert change.startswith("+40.0 points [")
+    page = render(Page([RunFacts("mine", [], vlms=vlm_section(folder))]))
+    section = page[page.index('id="vlms"') :]
+    assert "encoder=b+connector=mlp" in section
+    assert "+40.0 points" in section
+
+
+def test_a_damaged_table_is_told_in_the_report(folder: Path) -> None:
+    file = folder / "vlm" / "seeds" / "ablation.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"format": "other"}')
+    assert "no table of `distill ablate`" in vlm_section(folder).absent
+
+
+def test_popes_f1_is_no_mean_over_questions_and_stays_out_of_the_table(folder: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Is it?"}, {"from": "gpt", "value": "yes"}]
+    lines = [{"id": f"q{n}", "kind": "random", "metric": "pope", "conversations": turns} for n in range(10)]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = {"encoder": {"a": {"vision": {"path": "a"}}}}
+    grid = read_grid(write_grid(folder, axes=axes))
+    runs = {("encoder=a", seed): tmp_path / "out" / str(seed) for seed in grid.seeds}
+    for (_, seed), run in runs.items():
+        answer_cell({**grid.cells[0].content, "seed": seed, "run_dir": str(run)}, grid.questions, SETTINGS, QUIET)
+        assert "vlm_random_f1" in (run / "probe.json").read_text()
+    assert [figure.metric for figure in tabulate(grid, runs, seed=0).figures] == ["vlm_random"]
+
+
+def test_seeds_that_disagree_widen_the_interval_of_the_difference(folder: Path, tmp_path: Path) -> None:
+    grid = read_grid(write_grid(folder, axes={"encoder": {"a": {"vision": {"path": "a"}}, "b": {}}}))
+    runs = {(cell.name, seed): tmp_path / "out" / f"{cell.name}-{seed}" for cell in grid.cells for seed in grid.seeds}
+    # Of 40 questions the baseline answers 20 with either seed, the other 38 with the first and 18 with the second.
+    right = {("encoder=a", 0): 20, ("encoder=a", 1): 20, ("encoder=b", 0): 38, ("encoder=b", 1): 18}
+    for (name, seed), run in runs.items():
+        cell = next(cell for cell in grid.cells if cell.name == name)
+        answer_cell({**cell.content, "seed": seed, "run_dir": str(run)}, grid.questions, SETTINGS, QUIET)
+        answers = [Answer(q, "x", float(n < right[name, seed])) for n, q in enumerate(read_questions(grid.questions))]
+        write_scores(answers, run / "probe.json", encoder=ENCODER, data=grid.questions, seed=0, settings={})
+    other = next(figure for figure in tabulate(grid, runs, seed=0).figures if figure.cell == "encoder=b")
+    assert other.difference == pytest.approx(0.2)
+    assert other.difference_low is not None
+    assert other.difference_low < 0
+    assert other.verdict == "not distinguishable"

@@ -13,7 +13,8 @@ from distill.probe.compare import compare_contenders
 from distill.probe.contenders import read_contenders
 from distill.report.small_vlms import vlm_section
 from distill.vlm.answers import Answer, read_questions
-from distill.vlm.score_files import chance, write_scores
+from distill.vlm.figures import chance
+from distill.vlm.score_files import write_scores
 
 ENCODER = {"name": "vit", "source": "here", "embed_dim": 8, "num_params": 1}
 
@@ -49,6 +50,10 @@ def test_options_make_a_multiple_choice_question_answered_by_text_or_letter(tmp_
         ({"answers": [1]}, "list of texts"),
         ({"options": ["a", "b"], "answers": ["C"]}, "neither an option"),
         ({"options": "ab"}, "must be a list"),
+        ({"options": ["a", "b"], "answers": ["a"], "metric": "anls"}, "anls with 2 options"),
+        ({"metric": "circular"}, "circular with 0 options"),
+        ({"options": ["a", "b", "a"], "answers": ["b"], "metric": "circular"}, "an option stands twice"),
+        ({"metric": "pope", "answers": ["maybe"]}, "yes and no, not 'maybe'"),
     ],
 )
 def test_a_question_that_cannot_be_scored_is_refused_naming_file_and_record(

@@ -144,3 +144,11 @@ def test_every_parameter_of_every_connector_gets_a_gradient() -> None:
         (made * torch.randn_like(made)).sum().backward()
         without = [key for key, value in connector.named_parameters() if value.grad is None or not value.grad.any()]
         assert without == [], name
+
+
+@pytest.mark.parametrize(("width", "std"), [(768, 0.02), (192, 0.04)])
+def test_the_q_former_begins_with_berts_deviation_and_with_its_gain_at_other_widths(width: int, std: float) -> None:
+    connector = build_connector(ConnectorConfig("qformer", hidden_width=width, depth=1), WIDTH, OUT, (2, 2))
+    weights = connector.state_dict()
+    for name in ("layers.0.widen", "layers.0.attention.query", "layers.0.cross_attention.dense"):
+        assert float(weights[f"{name}.weight"].std()) == pytest.approx(std, rel=0.05)

@@ -9,7 +9,7 @@ import pytest
 
 from distill.errors import ConfigError
 from distill.vlm.conversation import Conversation, Turn
-from distill.vlm.mixture import MixtureDataset, adaptation_weights
+from distill.vlm.mixture import MixtureDataset
 
 
 def source(name: str, size: int) -> list[Conversation]:
@@ -95,27 +95,3 @@ def test_an_empty_source_and_a_negative_place_are_refused() -> None:
         MixtureDataset({})
     with pytest.raises(IndexError):
         mm1()[-1]
-
-
-def test_general_data_are_a_quarter_of_the_domains_by_default() -> None:
-    weights = adaptation_weights({"drive": 300, "signs": 100}, {"llava": 1000, "text": 3000})
-    assert weights == {"drive": 0.75, "signs": 0.25, "llava": 0.0625, "text": 0.1875}
-    assert sum(weights[name] for name in ("llava", "text")) == 0.25 * sum(weights[name] for name in ("drive", "signs"))
-    assert adaptation_weights({"drive": 3}, {}, ratio=0) == {"drive": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("domain", "general", "ratio", "message"),
-    [
-        ({"a": 1}, {"b": 1}, -0.5, "ratio of general to domain data is -0.5"),
-        ({"a": 1}, {"b": 1}, float("inf"), "finite"),
-        ({}, {"b": 1}, 0.25, "needs domain records"),
-        ({"a": 1}, {}, 0.25, "needs domain records"),
-        ({"a": 1}, {"a": 1}, 0.25, "a are named as domain and as general"),
-    ],
-)
-def test_adaptation_that_cannot_be_is_refused(
-    domain: dict[str, int], general: dict[str, int], ratio: float, message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        adaptation_weights(domain, general, ratio)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +14,7 @@ from distill.errors import ConfigError, DataError
 from distill.vlm.batch import IGNORED_LABEL
 from distill.vlm.conversation import Conversation, Turn
 from distill.vlm.image_sources import EncodedImage
-from distill.vlm.mixture import MixtureDataset
-from distill.vlm.samples import SampleBuilder, SampleDataset, tiling_for
+from distill.vlm.samples import SampleBuilder, tiling_for
 from distill.vlm.templates import find_template
 from distill.vlm.tiling import Tiling, cut_tiles
 from distill.vlm.tokens import load_tokenizer, tiny_tokenizer
@@ -109,13 +106,3 @@ def test_settings_that_cannot_be_are_refused(tokenizer: Any) -> None:
         SampleBuilder(tokenizer, "internvl", Tiling(), 1, 10, image_token="<other>")
     with pytest.raises(ConfigError, match="Unknown template"):
         SampleBuilder(tokenizer, "other", Tiling(), 1, 10)
-
-
-def test_a_dataset_of_samples_travels_to_a_worker(builder: SampleBuilder, tmp_path: Path) -> None:
-    mixture = MixtureDataset({"talks": [talk(picture(16, 16, seed)) for seed in range(3)]}, seed=4)
-    dataset = SampleDataset(mixture, builder)
-    assert len(dataset) == 3
-    copied = pickle.loads(pickle.dumps(dataset))
-    for position in (0, 2, 7):
-        assert copied[position].input_ids == dataset[position].input_ids
-        assert torch.equal(copied[position].tiles, dataset[position].tiles)

@@ -36,7 +36,6 @@ CAMERA_PIXELS = (1600, 900)
 _NAME_PX = 32
 _NUMBER = r"-?\d{1,5}(?:\.\d{1,10})?"
 _PIXEL_OBJECT = re.compile(rf"<(c\d+),\s*(CAM_[A-Z_]+),\s*({_NUMBER}),\s*({_NUMBER})>")
-_SCALED_OBJECT = re.compile(rf"<(c\d+),\s*(CAM_[A-Z_]+),\s*\[\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\]>")
 
 
 @dataclass(frozen=True)
@@ -105,31 +104,6 @@ def scale_objects(text: str, where: str) -> str:
         return f"<{name},{camera},[{round(across * FULL_SCALE)}, {round(down * FULL_SCALE)}]>"
 
     return _PIXEL_OBJECT.sub(scaled, text)
-
-
-def unscale_objects(text: str) -> str:
-    """Return an answer with its objects' places in pixels of their views again, as DriveLM's scorer takes them.
-
-    A place outside its view is moved to the view's edge; an object of an unknown camera is left as it is, since an
-    answer may say anything.
-
-    Args:
-        text: with objects such as `<c1,CAM_BACK,[560, 776]>`.
-    """
-
-    def pixels(found: re.Match[str]) -> str:
-        name, camera, across, down = found.groups()
-        if camera not in CAMERA_PLACES:
-            return found[0]
-        column, row = CAMERA_PLACES[camera]
-        x = (float(across) / FULL_SCALE * 3 - column) * CAMERA_PIXELS[0]
-        y = (float(down) / FULL_SCALE * 2 - row) * CAMERA_PIXELS[1]
-        inside = [
-            round(min(max(value, 0.0), float(side)), 1) for value, side in zip((x, y), CAMERA_PIXELS, strict=True)
-        ]
-        return f"<{name},{camera},{inside[0]},{inside[1]}>"
-
-    return _SCALED_OBJECT.sub(pixels, text)
 
 
 def _place(camera: str, where: str) -> tuple[int, int]:

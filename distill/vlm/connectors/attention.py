@@ -5,6 +5,9 @@ Legend: as in distill/vlm/connectors/contract.py; Q queries, W the width inside 
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +18,9 @@ from distill.vlm.connectors.contract import Connector
 _HEAD_WIDTH = 64
 _INIT_STD = 0.02
 """BERT's initializer_range."""
+
+_BERT_WIDTH = 768
+"""Of bert-base, for which that is. At 64 channels it would leave a thirtieth of the image beside the queries."""
 
 
 def _num_heads(width: int, connector: str) -> int:
@@ -144,7 +150,7 @@ class QFormer(Connector):
         )
         between = [] if bottleneck_width is None else [bottleneck_width]
         widths = [hidden_width, *between, out_width]
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=_INIT_STD * math.sqrt(_BERT_WIDTH / hidden_width)))
         nn.init.normal_(self.queries, std=_INIT_STD)
         # The projections keep torch's initialisation, as LAVIS and MiniGPT-4 have it.
         self.projection = nn.Sequential(*map(nn.Linear, widths, widths[1:]))
@@ -162,7 +168,7 @@ class QFormer(Connector):
         return self.projection(states)
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, std: float) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=_INIT_STD)
+        nn.init.normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)

@@ -38,6 +38,24 @@ def parse_yes_no(prediction: str) -> bool:
     return not _NO_WORDS & set(first.split(" "))
 
 
+def is_right_yes_no(prediction: str, answer: str) -> float:
+    """Return 1 where an answer means what the right one, yes or no, says: POPE's accuracy of one question."""
+    return float(parse_yes_no(prediction) == _is_yes(answer))
+
+
+def f1_parts(prediction: str, answer: str) -> tuple[float, float]:
+    """Return what a question brings to F1's numerator and denominator.
+
+    F1 is 2 TP / (2 TP + FP + FN), a ratio of sums over questions, so that it can be resampled and paired by question.
+    """
+    said, wanted = parse_yes_no(prediction), _is_yes(answer)
+    return 2.0 * (said and wanted), float(said) + float(wanted)
+
+
+def _is_yes(answer: str) -> bool:
+    return answer.strip().lower() == "yes"
+
+
 def pope_f1(predictions: Sequence[str], answers: Sequence[str]) -> PopeScore:
     """Return POPE's scores of one of its sets (random, popular or adversarial); papers report the mean F1 of the three.
 
@@ -56,7 +74,7 @@ def pope_f1(predictions: Sequence[str], answers: Sequence[str]) -> PopeScore:
             f"{len(predictions)} predictions for {len(answers)} questions; give one for each, and at least one."
         )
     said = [parse_yes_no(prediction) for prediction in predictions]
-    true = [answer.strip().lower() == "yes" for answer in answers]
+    true = [_is_yes(answer) for answer in answers]
     hits = sum(predicted and wanted for predicted, wanted in zip(said, true, strict=True))
     right = sum(predicted == wanted for predicted, wanted in zip(said, true, strict=True))
     precision = hits / sum(said) if any(said) else 0.0

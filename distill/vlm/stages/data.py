@@ -17,8 +17,6 @@ from distill.trainer_view import TrainerView
 from distill.vlm.batch import VLMSample, collate
 from distill.vlm.recipe import StageConfig
 
-WORKER_THREADS = 1
-
 
 class SampleSequence(Protocol):
     """Samples by place, endless: place i is the same for every process, and whenever it is asked for."""

@@ -33,6 +33,7 @@ from distill.resume import make_room, resume_from
 from distill.run_lock import RunLock
 from distill.stop_signals import stop_signals
 from distill.vlm.build import BuiltVLM, build_vlm
+from distill.vlm.parameters import count_parameters
 from distill.vlm.recipe import StageConfig, TrainerConfig, VLMRecipe
 from distill.vlm.runs import FINISHED, STAGE_FORMAT, VLMRun, load_kept, trained_state
 from distill.vlm.stages.data import StageData, accumulated_batches
@@ -86,6 +87,7 @@ def run_recipe(recipe: VLMRecipe, content: Mapping[str, Any], *, resume: str, co
         seed_everything(recipe.seed, verbose=False)
         with console.status("building the model"):
             built = build_vlm(recipe)
+        console.print(str(count_parameters(built.model)), highlight=False, markup=False, soft_wrap=True)
         kept: frozenset[str] = frozenset()
         for number, name in enumerate(recipe.stages, start=1):
             folder = run.stage_dir(number, name)
