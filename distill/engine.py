@@ -7,7 +7,7 @@ resumed run takes the same ones and goes on with the same numbers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -106,30 +106,38 @@ class Engine:
         self._is_started = True
         data, parts = cast(Any, trainer).datamodule, trainer.world_size * trainer.accumulate_grad_batches
         size = getattr(data, "img_size_px", None)
-        running = {name: teachers[name] for name in teachers.names()} if teachers is not None else {}
         if size is not None:
             batch = max(1, int(getattr(data, "global_batch_size", 1)) // parts)
             images = ImagesSeen(int(size), batch, AUTOCAST_DTYPES.get(str(trainer.precision)), device)
+            if teachers is not None:
+                self.choose_for_teachers(teachers, images)
             if self.config.measure_attention:
-                self._choose_kernels(running, students, images)
-            if teachers is not None and self.measures_micro_batch:
-                teachers.micro_batch = self._micro_batch(teachers, images)
-        compiled = running.values() if teachers is not None and not teachers.is_sharded else ()
+                for name, module in students.items():
+                    self._choose(f"student {name}", module, images, trains=True)
+        whole = teachers if teachers is not None and not teachers.is_sharded else None
+        compiled = [whole[name] for name in whole.names()] if whole is not None else []
         for module in (*compiled, *students.values()):
             compile_blocks(module, self.config.compile)
 
-    def _choose_kernels(self, teachers: Mapping[str, nn.Module], students: nn.ModuleDict, images: ImagesSeen) -> None:
-        for name, module in teachers.items():
+    def choose_for_teachers(self, teachers: FrozenTeachers, images: ImagesSeen) -> None:
+        """Choose the teachers' kernels, and how many images they see at a time if that is to be measured.
+
+        Args:
+            teachers: with their weights, on their device.
+            images: what they will see; they run in their own dtype whatever the autocast.
+        """
+        if self.config.measure_attention:
             shown = replace(images, count=self.micro_batch or images.count, autocast_dtype=None)
-            self._choose(f"teacher {name}", module, shown, trains=False)
-        for name, module in students.items():
-            self._choose(f"student {name}", module, images, trains=True)
+            for name in teachers.names():
+                self._choose(f"teacher {name}", teachers[name], shown, trains=False)
+        if self.measures_micro_batch:
+            teachers.micro_batch = self._micro_batch(teachers, images)
 
     def _choose(self, name: str, module: nn.Module, images: ImagesSeen, *, trains: bool) -> None:
         if not isinstance(module, ChoosesAttention) or (shape := module.attention_shape(images.size_px)) is None:
             return
         device, dtype = images.device, images.autocast_dtype or next(module.parameters()).dtype
-        key = f"attention of {name} on {device.type} in {dtype}"
+        key = _attention_key(name, device, dtype)
         if key not in self.choices:
             kernel = choose_attention(shape, images=images.count, device=device, dtype=dtype, trains=trains)
             self.choices[key] = control_group().share(kernel)
@@ -149,6 +157,25 @@ class Engine:
             drawn = torch.zeros(shape, dtype=torch.uint8, device=images.device)
             self.choices[key] = control_group().share(fastest_micro_batch(forward, drawn))
         return int(self.choices[key])
+
+
+def take_kernels(choices: Choices, teachers: FrozenTeachers, device: torch.device) -> None:
+    """Have teachers run by kernels that were chosen before, by `Engine.choose_for_teachers` in another process.
+
+    Args:
+        choices: of that engine; a teacher, device or dtype that they do not tell keeps its usual kernel.
+        teachers: with their weights.
+        device: they run on.
+    """
+    for name in teachers.names():
+        module = teachers[name]
+        kernel = choices.get(_attention_key(f"teacher {name}", device, next(module.parameters()).dtype))
+        if kernel is not None and isinstance(module, ChoosesAttention):
+            module.use_attention(cast(Kernel, kernel))
+
+
+def _attention_key(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    return f"attention of {name} on {device.type} in {dtype}"
 
 
 @dataclass(frozen=True)

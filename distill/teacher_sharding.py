@@ -20,6 +20,20 @@ def world_size() -> int:
     return int(distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else 1
 
 
+def check_shardable(teachers: Mapping[str, nn.Module]) -> None:
+    """Refuse teachers that cannot be spread over ranks.
+
+    Raises:
+        ConfigError: naming the teacher.
+    """
+    for name, teacher in teachers.items():
+        if not callable(getattr(teacher, "shard", None)):
+            raise ConfigError(
+                f"model.engine.teacher_sharding is blocks, but {type(teacher).__name__}, the teacher {name!r}, has no "
+                "method `shard`; set it to none, or use teachers.InternViT."
+            )
+
+
 def shard_teachers(teachers: Mapping[str, nn.Module]) -> bool:
     """Spread every teacher's parameters over all ranks, before its weights are read; all ranks have to call this.
 
@@ -32,12 +46,7 @@ def shard_teachers(teachers: Mapping[str, nn.Module]) -> bool:
     Raises:
         ConfigError: a teacher cannot be sharded.
     """
-    for name, teacher in teachers.items():
-        if not callable(getattr(teacher, "shard", None)):
-            raise ConfigError(
-                f"model.teacher_sharding is blocks, but {type(teacher).__name__}, the teacher {name!r}, has no method "
-                "`shard`; set it to none, or use teachers.InternViT."
-            )
+    check_shardable(teachers)
     if world_size() == 1:
         return False
     from torch.distributed.device_mesh import init_device_mesh

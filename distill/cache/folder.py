@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,6 +40,8 @@ class CacheManifest:
         bases_sha256: of the bases' file, hex; empty without bases.
         errors: of the compression, measured: see `measure_errors`.
         made_with: versions, and the device the compression was measured on.
+        engine: how the teachers run: kernels that were measured, and images at a time. All processes that fill the
+            cache take these, as others would round differently; no part of the key.
     """
 
     key: Fields
@@ -49,10 +51,13 @@ class CacheManifest:
     bases_sha256: str
     errors: list[dict[str, Any]]
     made_with: dict[str, str]
+    engine: dict[str, str | int] = field(default_factory=dict[str, str | int])
 
     def text(self) -> str:
         """Return it as JSON."""
         content = {**self.__dict__, "layout": self.layout.as_json()}
+        if not self.engine:
+            del content["engine"]  # as it was before there was such a field: units name the text by its checksum
         return json.dumps({"format": FORMAT, **content}, indent=1) + "\n"
 
     @property

@@ -27,6 +27,7 @@ from distill.cache.units import UnitFacts, UnitPlan, Verify, fault_of, read_fact
 from distill.cache.views import ShardViews
 from distill.data.index import DatasetIndex
 from distill.data.transforms import NO_AUGMENTATION, Augmentation
+from distill.engine import Choices, ImagesSeen, take_kernels
 from distill.errors import ConfigError, DataError
 from distill.finite import finite_samples
 from distill.planner.recipe import Recipe, read_recipe
@@ -34,6 +35,7 @@ from distill.standardise import FeatureStatistics
 from distill.weights_fingerprint import weights_fingerprint
 
 SPLITS = ("train", "val")
+AT_A_TIME = "images a teacher sees at a time"
 Tick = Callable[[int], None]
 
 
@@ -48,7 +50,8 @@ class FillJob:
         compression: how states are stored.
         dims: channels that "pca" keeps.
         views: of each training image.
-        batch_size: images a forward pass, unless the recipe sets `model.teacher_micro_batch`.
+        batch_size: images a forward pass, unless the recipe sets `model.teacher_micro_batch`, or the cache was begun
+            with another number.
         fit_images: images on which the basis of "pca" is fitted; the errors are measured on as many others.
         num_workers: processes that read and decode.
         device: where the teachers run.
@@ -136,13 +139,16 @@ class Filler:
                 settings["--dims"], there["--dims"] = str(self.job.dims), str(found.dims)
             advice = "Choose another --out, or set recipe and flags back."
             refuse_differences(found.key | there, key | settings, self.folder.path, advice)
+            self._run_as(found)
             self._manifest, self._bases = found, self.folder.read_bases(found)
             self._bases = {name: basis.to(self.device) for name, basis in self._bases.items()}
         return self._manifest
 
     def _measure(self, key: Fields) -> CacheManifest:
-        """Fit the bases on some images, measure errors on others, and begin the cache."""
-        job = self.job
+        """Choose kernels, fit the bases on some images, measure errors on others, and begin the cache."""
+        job, own = self.job, self.recipe.task.engine
+        own.choose_for_teachers(self.teachers, ImagesSeen(self.data.img_size_px, job.batch_size, None, self.device))
+        engine: Choices = {**own.choices, AT_A_TIME: self.teachers.micro_batch or job.batch_size}
         fitted, held_out = self._sample_states()
         bases = {}
         if job.compression == "pca":
@@ -155,7 +161,16 @@ class Filler:
         made = {"device": job.device, "torch": torch.__version__, "python": platform.python_version()}
         made["distill"] = __version__
         checksum = hashlib.sha256(packed).hexdigest() if packed else ""
-        return self.folder.create(CacheManifest(key, layout, job.views, job.dims, checksum, errors, made), packed)
+        manifest = CacheManifest(key, layout, job.views, job.dims, checksum, errors, made, engine)
+        return self.folder.create(manifest, packed)
+
+    def _run_as(self, manifest: CacheManifest) -> None:
+        """Have the teachers run as in the process that began the cache; a number in the recipe wins."""
+        take_kernels(manifest.engine, self.teachers, self.device)
+        number = self.recipe.task.engine.micro_batch or manifest.engine.get(AT_A_TIME, self.job.batch_size)
+        self.teachers.micro_batch = int(number)
+        # Whole forward passes: a last one that is filled up costs as much as a full one.
+        self._batch_size = -(-self.job.batch_size // int(number)) * int(number)
 
     def _fit(self, states: list[States], name: LayerName) -> Any:
         teacher, layer = name
@@ -239,7 +254,7 @@ class Filler:
 
     def _records(self, views: ShardViews, tick: Tick) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield encoded batches; the one before is being written while the teachers work on the next."""
-        loader = DataLoader(views, self.job.batch_size, num_workers=self.job.num_workers, collate_fn=_collate)
+        loader = DataLoader(views, self._batch_size, num_workers=self.job.num_workers, collate_fn=_collate)
         layout = self.manifest().layout
         with ThreadPoolExecutor(1) as pool:
             pending: Future[tuple[Tensor, Tensor]] | None = None

@@ -66,8 +66,8 @@ def cache(
             directions of largest variance, rotated to equal variances, as int8.
         dims: channels that pca keeps.
         views: of each training image, where data.augment changes images; epochs go through them in turn.
-        batch_size: images a teacher sees at a time, unless the recipe sets model.teacher_micro_batch. States are bit
-            for bit those of training for an equal number only.
+        batch_size: images a teacher sees at a time, unless the recipe sets model.teacher_micro_batch, or the folder was
+            begun with another number. States are bit for bit those of training for an equal number only.
         fit_images: images on which the directions of pca are fitted; errors are measured on as many others.
         num_workers: processes that read and decode images; 0 does it in this one.
         device: where the teachers run; auto is a GPU if there is one.

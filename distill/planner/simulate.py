@@ -27,6 +27,11 @@ DeviceType = Literal["cpu", "cuda"]
 _CHANNELS = 3
 
 
+def teacher_weights(name: str) -> str:
+    """Return the purpose under which a teacher's weights are counted."""
+    return f"weights of teacher {name}"
+
+
 @dataclass(frozen=True)
 class StepCost:
     """What one micro-batch costs.
@@ -91,7 +96,7 @@ class FakeStep:
     def modules(self) -> dict[str, nn.Module]:
         """The modules that hold weights, by their purpose."""
         task = self.task
-        teachers = {f"weights of teacher {name}": task.teachers[name] for name in task.teachers.names()}
+        teachers = {teacher_weights(name): task.teachers[name] for name in task.teachers.names()}
         students = {f"weights of student {name}": module for name, module in task.students.items()}
         return {**teachers, **students, "weights of heads": task.alignments}
 

@@ -16,6 +16,7 @@ from distill.errors import ConfigError
 from distill.planner.disk import ShardDisk, cache_bytes_per_image, run_checkpoint_bytes, shard_disk
 from distill.planner.estimate import parameter_counts, plan_memory, planned_images, step_costs
 from distill.planner.recipe import Recipe, read_recipe
+from distill.planner.sharding import spread_teachers
 from distill.planner.simulate import DeviceType, StepCost
 from distill.planner.speed import STUDENT_FRACTION, TEACHER_FRACTION, Speed, measured_speed, sheet_speed
 from distill.planner.table import print_plan
@@ -85,7 +86,8 @@ def plan_work(recipe: Recipe, sheet: Accelerator | None, memory_gib: float | Non
     device, precision = _device_and_precision(recipe, sheet, measure=measure)
     parameters, teachers, shards = parameter_counts(recipe), _teacher_dtypes(recipe), shard_disk(recipe)
     costs = step_costs(recipe, device, precision)
-    memory = plan_memory(recipe, costs, memory_gib or _memory_gib(sheet, device, measure=measure), device)
+    held = spread_teachers(recipe, costs, device)
+    memory = plan_memory(recipe, held, memory_gib or _memory_gib(sheet, device, measure=measure), device)
     return {
         "device": {"kind": device, "accelerator": sheet and asdict(sheet), "count": recipe.world_size},
         "precision": precision,

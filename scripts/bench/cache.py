@@ -32,6 +32,7 @@ from distill.cache.stored import open_states
 from distill.cache_fill.verb import cache
 from distill.data.fetch import PlannedDataset, collate
 from distill.data.synthetic import synthesize
+from distill.heap import keep_freed_memory
 from distill.optim import build_optimizer, parameter_groups
 from distill.planner.recipe import Recipe, read_recipe
 
@@ -138,6 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as every verb does
     with tempfile.TemporaryDirectory() as name:
         sides = prepare(Path(name), arguments.size, arguments.batch, arguments.compression)
         work = {side: flops(step) for side, step in sides.items()}  # the first step warms up, too

@@ -8,7 +8,8 @@ A ViT-S/14 teaches a ViT-Ti/14, both of timm and untrained, 22.4 GFLOP an image 
 with all that it does in training. The others: LightlyTrain's `pretrain`, a plain PyTorch loop, a loop over transformers
 models, and timm's own distillation task. All sides are processes that take turns, no side has worker processes, and
 figures are images per CPU second (user and system), medians over the rounds, with the matrix-product ceiling beside
-them. Telemetry of LightlyTrain is off.
+them. Telemetry of LightlyTrain is off. `distill` sets its allocator (`distill/heap.py`), the others' is as it comes;
+MALLOC_MMAP_THRESHOLD_=1073741824 and MALLOC_TRIM_THRESHOLD_=2147483647 in the environment set it for all sides.
 """
 
 from __future__ import annotations

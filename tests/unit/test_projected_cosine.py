@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from distill.losses import token_cosine
+from distill.planner.memory_meter import MemoryMeter
 from distill.projected_cosine import projected_cosine
+from distill.step_meter import StepParts
 
 TOKENS, NARROW, WIDE = 2050, 64, 200
 # Same products in another order: float32 rounds differently in the last digits.
@@ -106,28 +109,35 @@ def test_a_zero_token_has_cosine_0_and_the_gradient_of_the_reference() -> None:
     )
 
 
-def saved_bytes(loss_of) -> int:
-    sizes: dict[int, int] = {}
+def held_bytes(loss_of: Callable[[], Tensor], *inputs: Tensor) -> tuple[int, int]:
+    """Return the bytes that a loss keeps from its forward to its backward pass, however it does so, and the most ever.
 
-    def pack(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    Tensors that autograd saves and those that a graph's node holds on its own count alike: all that is alive beside
+    the inputs.
+    """
+    with MemoryMeter(StepParts()) as meter:
+        for tensor in inputs:
+            meter.enter(tensor, "inputs")
         loss = loss_of()
+        kept = meter.live.total()
     loss.backward()
-    return sum(sizes.values())
+    before = meter.live["inputs"]
+    return kept - before, max(purposes.total() for purposes in meter.peaks.values()) - before
 
 
 def test_nothing_as_wide_as_the_projection_is_kept_for_the_backward_pass() -> None:
     torch.manual_seed(0)
-    narrow, wide = 128, 400  # the shares of 1024 and 3200
+    narrow, wide, chunk = 128, 400, 256  # the shares of 1024 and 3200
     projection, teacher = nn.Linear(narrow, wide), torch.randn(TOKENS, wide)
     tokens = torch.randn(TOKENS, narrow, requires_grad=True)
-    chunked = saved_bytes(lambda: projected_cosine(tokens, projection, teacher, identity, 512))
-    assert chunked <= 4 * (TOKENS * narrow + wide * narrow + wide)
-    whole = saved_bytes(lambda: token_cosine(projection(tokens), teacher).mean())
-    assert whole > 4 * chunked
+    inputs = (tokens, teacher, *projection.parameters())
+    kept, highest = held_bytes(lambda: projected_cosine(tokens, projection, teacher, identity, chunk), *inputs)
+    gradients_alone, scalars = 4 * (TOKENS * narrow + wide * narrow + wide), 64
+    assert gradients_alone <= kept <= gradients_alone + scalars
+    # Beside them a few chunks' width at a time, and never the whole projection.
+    assert highest < kept + 4 * (5 * chunk * wide + 2 * narrow * wide) < kept + 4 * TOKENS * wide
+    whole, _ = held_bytes(lambda: token_cosine(projection(tokens), teacher).mean(), *inputs)
+    assert whole > 4 * kept
 
 
 def test_without_gradients_only_the_value_is_computed(tensors) -> None:
