@@ -37,7 +37,7 @@ install_consumer() {
     rm -rf "$partial" "$folder"
     mkdir -p "$FOLDER"
     # shellcheck disable=SC2086 - the requirements are words
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --target "$partial" $wanted
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target "$partial" $wanted
     echo "$wanted" >"$partial/.installed"
     mv "$partial" "$folder"
 }

@@ -12,4 +12,5 @@ PYTHON=python bash scripts/consumers.sh
 # One thread a process: the models are tiny, and a file's tests share what they have made.
 export OMP_NUM_THREADS=1
 case " $* " in *" -m "*) ;; *) set -- -m "not long" "$@" ;; esac
-exec python -m pytest --numprocesses 3 --dist loadfile --durations 30 --durations-min 10 "$@"
+# In the order of tests/conftest.py, longest files first, so that none is begun last and leaves the others waiting.
+exec python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10 "$@"

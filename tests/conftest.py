@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+LONG_FIRST = (
+    "test_docs_exports.py",
+    "test_teacher_cache.py",
+    "test_main_job.py",
+    "test_data_ranks.py",
+    "test_export_runtimes.py",
+    "test_kill_during_save.py",
+    "test_planner_memory.py",
+    "test_docs_evaluation.py",
+    "test_resume_exact.py",
+)
+"""Files that take a minute or more, longest first; then come whole commands, then all else."""
+
+
+def start_order(item: pytest.Item) -> tuple[int, bool]:
+    """Return what a test's file is sorted by; files of one kind stay in their order."""
+    name = item.path.name
+    rank = LONG_FIRST.index(name) if name in LONG_FIRST else len(LONG_FIRST)
+    return rank, item.path.parent.name != "e2e"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Begin with the longest, and skip, with the reason, what this machine cannot run."""
+    items.sort(key=start_order)
     if torch.cuda.is_available():
         return
     for item in items:
@@ -53,6 +77,32 @@ class TinyEncoder(nn.Module):
 def make_encoder() -> Callable[..., TinyEncoder]:
     """Return the class of a tiny encoder."""
     return TinyEncoder
+
+
+CONSUMERS = ("distill.export.targets", "timm", "open_clip", "transformers.modeling_utils", "transformers.image_utils")
+
+
+@pytest.fixture(scope="module")
+def forked_consumers() -> Iterator[None]:
+    """Load exports in processes that are forked from one with timm and transformers, and so take no time to start.
+
+    Consumers that stand in a folder of their own are started anew as always. That the process is a new one is shown by
+    the tests that go without this fixture, by those of docs/exports.md first of all.
+    """
+
+    def run(command: list[str], *, env: dict[str, str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if str(fresh_process.CONSUMERS_ROOT) in env["PYTHONPATH"]:
+            return subprocess.run(command, env=env, **options)
+        return forked_python.run(command, env=env, preload=CONSUMERS, **options)
+
+    import forked_python  # a program of test_probe_ranks.py imports this file, without that folder
+
+    from distill.export import fresh_process
+
+    with pytest.MonkeyPatch.context() as patch:
+        forked = SimpleNamespace(run=run, TimeoutExpired=subprocess.TimeoutExpired)
+        patch.setattr(fresh_process, "subprocess", forked)
+        yield
 
 
 @pytest.fixture(autouse=True)

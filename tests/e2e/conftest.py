@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked_python
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ class DemoRecipe:
         ]
 
     def command(self, run: Path, *overrides: str, verb: str = "fit") -> list[str]:
-        """Return the whole command, for `subprocess`."""
+        """Return the whole command, for `subprocess` or forked_python.py."""
         return [sys.executable, "-m", "distill", *self.words(run, *overrides, verb=verb)]
 
     @property
@@ -48,10 +49,7 @@ class DemoRecipe:
 
     def run(self, run: Path, *overrides: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run `distill fit` in a process of its own and return what became of it."""
-        command = self.command(run, *overrides)
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=timeout_s, env=self.environment, cwd=ROOT
-        )
+        return forked_python.run(self.command(run, *overrides), timeout=timeout_s, env=self.environment, cwd=ROOT)
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tarfile
 import textwrap
 from pathlib import Path
 from typing import Any
 
+import forked_python
 import pytest
 import webdataset as wds
 from PIL import Image
@@ -29,39 +29,37 @@ pytestmark = pytest.mark.slow
 
 PROGRAM = textwrap.dedent(
     """
-    import json, sys, warnings
-    from pathlib import Path
+    if __name__ == "__main__":  # a worker that imports this program anew needs nothing of it
+        import json, sys, warnings
+        from pathlib import Path
 
-    import torch
-    from lightning import LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
+        import torch
+        from lightning import LightningModule, Trainer
+        from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from distill.data.datamodule import ShardDataModule
+        from distill.data.datamodule import ShardDataModule
 
-    warnings.simplefilter("ignore")
-    settings = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        settings = json.loads(sys.argv[1])
+        torch.set_num_threads(1)
 
+        class Recorder(LightningModule):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(0)
+                self.layer = torch.nn.Linear(3, 1)
+                self.seen, self.val_rows = [], []
 
-    class Recorder(LightningModule):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.layer = torch.nn.Linear(3, 1)
-            self.seen, self.val_rows = [], []
+            def training_step(self, batch, batch_idx):
+                self.seen.append([self.global_step, batch["index"].tolist(), batch["row"].tolist()])
+                return self.layer(batch["images"].float().mean((2, 3)) / 255).square().mean()
 
-        def training_step(self, batch, batch_idx):
-            self.seen.append([self.global_step, batch["index"].tolist(), batch["row"].tolist()])
-            return self.layer(batch["images"].float().mean((2, 3)) / 255).square().mean()
+            def validation_step(self, batch, batch_idx):
+                self.val_rows += batch["row"].tolist()
 
-        def validation_step(self, batch, batch_idx):
-            self.val_rows += batch["row"].tolist()
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.1)
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-
-    if __name__ == "__main__":
         folder = Path(settings["folder"])
         data = ShardDataModule(
             settings["shards"], val=settings["val"], img_size_px=16, global_batch_size=8,
@@ -117,7 +115,7 @@ def run(folder: Path, shards: str, devices: int, steps: int, ckpt: Path | None =
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment = kept | {"MASTER_PORT": str(port), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     command = [sys.executable, str(program), json.dumps(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = forked_python.run(command, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(devices)]
     steps_seen: dict[int, list[tuple[int, int]]] = {}

@@ -34,7 +34,7 @@ from distill.export.run import export, export_encoder
 from distill.vlm.tiling import Tiling, cut_tiles, tile_pixels
 from students import CLIPViT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_consumers")]
 
 IMAGE_TOKEN = 63
 SIZE_PX, GRID = 64, 2  # the demo student's, at the size of tests/e2e/conftest.py

@@ -16,6 +16,8 @@ from distill.export.golden import compute_golden
 from distill.export.run import as_timm_layout
 from distill.training_cli import run as train
 
+pytestmark = pytest.mark.usefixtures("forked_consumers")
+
 transformers = pytest.importorskip("transformers", reason="the consumer is an optional extra")
 
 TOLERANCE = 1e-5  # the bound that an export is held to, float32

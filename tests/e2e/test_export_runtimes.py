@@ -30,6 +30,8 @@ from distill.export.targets import find_target
 from distill.export.verify import verify_export
 from students import InternViT
 
+pytestmark = pytest.mark.usefixtures("forked_consumers")
+
 SIZES: dict[str, Any] = {"img_size": 56, "embed_dim": 32, "depth": 4, "num_heads": 2}
 LLM_WIDTH = 64
 TIMEOUT_S = 600

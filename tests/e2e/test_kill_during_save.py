@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked_python import ForkedPython
 
 from distill.checkpoint import newest_verified, read_checkpoint
 from distill.checkpoint_files import LEFTOVER, claimed_step, sweep, verify
@@ -126,7 +127,7 @@ def test_a_killed_fit_resumed_by_auto_ends_with_the_weights_of_one_that_was_not_
     )
     course = ("--trainer.max_epochs=2", "--model.students.vit.init_args.drop_path_rate=0.3", "--resume=auto")
     assert demo_recipe.run(whole, *course).returncode == 0
-    process = subprocess.Popen(
+    process = ForkedPython(
         demo_recipe.command(killed, *course, often),
         env=demo_recipe.environment,
         cwd=ROOT,
@@ -143,7 +144,16 @@ def test_a_killed_fit_resumed_by_auto_ends_with_the_weights_of_one_that_was_not_
     assert claimed_step(last) < 24
     # A second kill, of which bits rotted: the file before is taken, and said so.
     os.truncate(last, last.stat().st_size - 1)
-    result = demo_recipe.run(killed, *course)
+    # The one that goes on is a new interpreter: nothing of the first can be in its memory, not even the hash seed.
+    result = subprocess.run(
+        demo_recipe.command(killed, *course),
+        env=demo_recipe.environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr
     assert f"Passed over: {last} is damaged" in result.stderr
     assert f"Going on from {last.with_name('previous.ckpt')}, step " in result.stderr

@@ -19,6 +19,8 @@ from distill.export.targets import find_target
 from distill.export.verify import verify_export
 from students import CLIPViT, InternViT, TimmStudent
 
+pytestmark = pytest.mark.usefixtures("forked_consumers")
+
 transformers = pytest.importorskip("transformers", reason="the consumer is an optional extra")
 
 TOLERANCE = 1e-5  # the bound that an export is held to, float32

@@ -23,10 +23,21 @@ from distill.export.verify import verify_export
 from students import CLIPViT, InternViT, TimmStudent
 from teachers import InternViT as ReleasedInternViT
 
+pytestmark = pytest.mark.usefixtures("forked_consumers")
+
 transformers = pytest.importorskip("transformers", reason="the consumer is an optional extra")
 
 TOLERANCE = 1e-5  # the bound that an export is held to, float32
 SIZES = {"img_size": 56, "embed_dim": 32, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_code_of_other_exports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget code that other files' tests loaded from their own cache, whose package would be taken for the new one."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+    elsewhere = [place for place in sys.path if not Path(place, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", elsewhere)
 
 
 def make_student(student_class: type[nn.Module] = InternViT, **sizes: Any) -> Any:

@@ -23,6 +23,8 @@ from distill.export.run import as_timm_layout, export_encoder
 from distill.export.verify import verify_export
 from students import CLIPViT, InternViT
 
+pytestmark = pytest.mark.usefixtures("forked_consumers")
+
 SIZES = {"img_size": 56, "embed_dim": 32, "depth": 3, "num_heads": 2}
 MODEL = {
     "embed_dim": 24,

@@ -24,6 +24,8 @@ from distill.export.targets import find_target
 from distill.export.transformers_loading import squash_preprocessor
 from students import CLIPViT, InternViT
 
+pytestmark = pytest.mark.usefixtures("forked_consumers")
+
 transformers = pytest.importorskip("transformers", reason="the consumer is an optional extra")
 
 TOLERANCE = 1e-5  # the bound that an export is held to, float32

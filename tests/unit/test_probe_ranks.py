@@ -6,8 +6,10 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forked_python
 import pytest
 
 from distill.probe.ranks import alone, is_first, rank_and_size, share_of
@@ -51,22 +53,13 @@ def run_two(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments],
-            env={**common, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    done = []
-    for process in started:
-        out, err = process.communicate(timeout=240)
-        done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return done
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(forked_python.run, command, env={**common, "RANK": str(rank)}, cwd=ROOT, timeout=240)
+            for rank in range(2)
+        ]
+        return [rank.result() for rank in ranks]
 
 
 @pytest.mark.slow

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forked_python
 import pytest
+from forked_python import ForkedPython
 from lightning import LightningModule, Trainer
 
 from distill.callbacks.failure import FailureReports
@@ -76,27 +78,23 @@ class Told(ControlGroup):
 
 
 @pytest.fixture
-def store() -> Iterator[tuple[subprocess.Popen[str], int]]:
+def store() -> Iterator[tuple[ForkedPython, int]]:
     """Yield a process that serves a store as rank 0 does, and its port."""
-    with subprocess.Popen([sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as process:
+    with ForkedPython([sys.executable, "-c", SERVE], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process, int(process.stdout.readline())
         process.kill()
 
 
-def start_rank(rank: int, folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start_rank(rank: int, folder: Path, *arguments: str) -> ForkedPython:
     """Start a process that watches as one of two ranks."""
-    return subprocess.Popen(
-        [sys.executable, "-c", RANK, str(rank), str(folder), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    command = [sys.executable, "-c", RANK, str(rank), str(folder), *arguments]
+    return ForkedPython(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 @pytest.mark.slow
 def test_a_frozen_rank_0_counts_as_gone_after_the_heartbeats_time_and_reports_return(
-    store: tuple[subprocess.Popen[str], int], tmp_path: Path
+    store: tuple[ForkedPython, int], tmp_path: Path
 ) -> None:
     process, port = store
     monitor = RankMonitor(1, 2, tmp_path, {}, heartbeat_timeout_s=2, grace_s=600)
@@ -134,7 +132,7 @@ def test_a_stop_before_the_first_step_reaches_the_other_rank_before_the_store_en
 @pytest.mark.slow
 @pytest.mark.parametrize(("status", "own"), [(OVERDUE, OVERDUE), (PREEMPTED, PREEMPTED), (3, 1)])
 def test_what_a_started_rank_ends_with_is_the_commands_status(tmp_path: Path, status: int, own: int) -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD, str(status), str(tmp_path)], timeout=BOUND_S, check=False)
+    done = forked_python.run([sys.executable, "-c", CHILD, str(status), str(tmp_path)], timeout=BOUND_S)
     assert done.returncode == own
     assert (tmp_path / "rank-1.json").is_file() == (own == 1)
 
