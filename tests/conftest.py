@@ -32,9 +32,13 @@ def start_order(item: pytest.Item) -> tuple[int, bool]:
     return rank, item.path.parent.name != "e2e"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m leaves any out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest, and skip, with the reason, what this machine cannot run."""
+    """Begin with the longest, call whole commands slow, and skip, with the reason, what this machine cannot run."""
     items.sort(key=start_order)
+    for item in items:
+        if item.path.parent.name == "e2e":
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -73,6 +73,7 @@ def values(scores: Scores, kind: str) -> dict[tuple[str, str, object], float]:
     }
 
 
+@pytest.mark.slow
 def test_every_classifier_of_the_ladder_is_here(judged: dict[str, Scores]) -> None:
     metrics = {metric for metric, _, _ in values(judged["random"], "accuracy")}
     assert metrics == {"linear_top1", "knn_top1", "sgd_top1", "attentive_top1", "few_shot_top1", "retrieval_agreement"}

@@ -52,6 +52,7 @@ def test_logistic_coefficients_and_accuracy_are_scikit_learns(
     assert abs(float(accuracy) - theirs.score(wide[split.test], targets[split.test].numpy())) <= POINTS
 
 
+@pytest.mark.slow
 def test_the_whole_linear_probe_is_scikit_learns_at_the_chosen_c(
     data: tuple[torch.Tensor, torch.Tensor, Split],
 ) -> None:

@@ -126,6 +126,7 @@ def test_the_manifest_lists_both_files_before_the_new_one_takes_the_name(
     assert [entry.global_step for entry in read_manifest(tmp_path / "last.ckpt")] == [2]
 
 
+@pytest.mark.slow
 def test_a_save_holds_no_second_copy_of_the_state_in_memory(tmp_path: Path) -> None:
     code = f"""
 import resource, torch

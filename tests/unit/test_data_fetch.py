@@ -142,6 +142,7 @@ def test_batches_hold_tensors_and_the_list_of_bad_samples(make_index: MakeIndex)
     assert "bad" not in rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_workers", "start_method"),
     [

@@ -120,12 +120,14 @@ def test_weights_inside_a_package_are_found() -> None:
     assert find_weights("package:no_such_package/x") is None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_self_test_trains_resumes_and_ends_bit_for_bit() -> None:
     verdicts = training.check_training()
     assert [(v.check, v.status) for v in verdicts] == [("two-step run", "ok"), ("resume", "ok")], verdicts
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_resumed_run_that_takes_another_course_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert training.check_two_steps(tmp_path).status == "ok"
