@@ -41,9 +41,9 @@ def distill(*words: str, check: bool = True, is_new: bool = False) -> subprocess
     """Run the command in a process of its own; `is_new` says in a new interpreter, as a user does."""
     command = [sys.executable, "-m", "distill", *words]
     if is_new:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     else:
-        result = forked_python.run(command, timeout=300)
+        result = forked_python.run(command, timeout=900)
     if check:
         assert result.returncode == 0, f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
     return result
