@@ -10,16 +10,12 @@ metrics or checkpoints. Two processes take turns; figures are CPU seconds an ima
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 import tempfile
 from pathlib import Path
 
-import yaml
 from rich.console import Console
-from sides import Side, measure
-from step import HERE, draw_images, recipe_of
+from sides import measure
+from step import add_options, draw_images, our_side, recipe_of, write_figures
 
 GOAL = 0.03
 
@@ -27,27 +23,13 @@ GOAL = 0.03
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=3, help="steps a round and side")
-    parser.add_argument("--images", type=int, default=64, help="drawn images")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    add_options(parser, rounds=9, steps=3)
     options = parser.parse_args()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw_images(folder, options.images, options.size)
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(yaml.safe_dump(recipe_of(folder, options)))
-        sides = [
-            Side(side, [*command, "--recipe", str(recipe), "--threads", str(options.threads)], environment, log)
-            for side in ("bare", "fit")
-            for command in [[sys.executable, str(HERE / "step_ours.py"), side]]
-            for log in [folder / f"{side}.log"]
-        ]
+        recipe = recipe_of(folder, options)
+        sides = [our_side(side, recipe, folder, options, kind=side) for side in ("bare", "fit")]
         measure(sides, rounds=options.rounds, steps=options.steps, batch=options.batch)
     bare, fit = sides
     overhead = bare.median / fit.median - 1
@@ -56,9 +38,7 @@ def main() -> None:
         f"(goal {GOAL:+.0%}). {options.size} px, batch {options.batch}, {options.precision}, {options.threads} "
         f"thread(s), medians of {options.rounds} interleaved rounds of {options.steps} steps."
     )
-    if options.json is not None:
-        figures = {"overhead": overhead, "rates": {side.name: side.rates for side in sides}}
-        options.json.write_text(json.dumps({**figures, **vars(options)}, default=str, indent=1) + "\n")
+    write_figures({"overhead": overhead, "rates": {side.name: side.rates for side in sides}}, options)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from sides import Side, measure
-from step import HERE, draw_images, recipe_of
+from step import add_options, draw_images, our_side, recipe_of, write_figures
 
 
 def with_two_students(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -40,19 +36,11 @@ def sides_of(folder: Path, options: argparse.Namespace) -> list[Side]:
     """Return the runs with one and with two students, and the student alone."""
     draw_images(folder, options.images, options.size)
     one = recipe_of(folder, options)
-    recipes = {"one student": one, "two students": with_two_students(one), "the student alone": one}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    sides: list[Side] = []
-    for number, (name, content) in enumerate(recipes.items()):
-        content = copy.deepcopy(content)
-        content["trainer"]["default_root_dir"] = str(folder / f"run{number}")
-        file = folder / f"recipe{number}.yaml"
-        file.write_text(yaml.safe_dump(content))
-        kind = "alone" if name == "the student alone" else "fit"
-        command = [sys.executable, str(HERE / "step_ours.py"), kind, "--recipe", str(file)]
-        command += ["--threads", str(options.threads)]
-        sides.append(Side(name, command, environment, folder / f"{number}.log"))
-    return sides
+    return [
+        our_side("one student", one, folder, options),
+        our_side("two students", with_two_students(one), folder, options),
+        our_side("the student alone", one, folder, options, kind="alone"),
+    ]
 
 
 def summary(milliseconds: dict[str, list[float]]) -> dict[str, float]:
@@ -71,14 +59,7 @@ def summary(milliseconds: dict[str, list[float]]) -> dict[str, float]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps a round and side")
-    parser.add_argument("--images", type=int, default=64, help="drawn images")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    add_options(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         sides = sides_of(Path(name), options)
@@ -92,9 +73,7 @@ def main() -> None:
         f"{options.size} px, batch {options.batch}, {options.precision}, {options.threads} thread(s), medians of "
         f"{options.rounds} interleaved rounds of {options.steps} steps."
     )
-    if options.json is not None:
-        content = {**figures, "milliseconds": milliseconds, **vars(options)}
-        options.json.write_text(json.dumps(content, default=str, indent=1) + "\n")
+    write_figures({**figures, "milliseconds": milliseconds}, options)
 
 
 if __name__ == "__main__":

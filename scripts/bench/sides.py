@@ -56,6 +56,7 @@ class Side:
         environment: of the worker.
         log: file for what it prints.
         rates: images per CPU second, one a round.
+        first_step_s: wall seconds of its first step.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Side:
     environment: dict[str, str]
     log: Path
     rates: list[float] = field(default_factory=list)
+    first_step_s: float = 0.0
 
     def start(self) -> None:
         """Start the worker, and return when it stands at its first step.
@@ -116,11 +118,14 @@ class Side:
 
 
 def measure(sides: list[Side], *, rounds: int, steps: int, batch: int, warm_up: int = 2) -> None:
-    """Fill every side's `rates`, in turns; the order alternates from round to round."""
+    """Fill every side's `rates` and `first_step_s`, in turns; the order alternates from round to round."""
     try:
         for side in sides:
             side.start()
-            side.run(warm_up)
+            began = time.perf_counter()
+            side.run(1)
+            side.first_step_s = time.perf_counter() - began
+            side.run(warm_up - 1)
         for number in range(rounds):
             for side in sides if number % 2 == 0 else sides[::-1]:
                 side.rates.append(steps * batch / side.run(steps))

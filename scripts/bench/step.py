@@ -22,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,6 @@ def recipe_of(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "seed_everything": 0,
         "trainer": {
             "accelerator": "cpu",
-            "default_root_dir": str(folder / "run"),
             "precision": options.precision,
             "max_steps": 1_000_000,
             "gradient_clip_val": 1.0,
@@ -119,14 +119,57 @@ def draw_images(folder: Path, count: int, size: int) -> Path:
     return files
 
 
+def add_options(parser: argparse.ArgumentParser, *, batch: int = 8, rounds: int = 5, steps: int = 2) -> None:
+    """Add what every benchmark of this pair can be told, with these defaults."""
+    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--steps", type=int, default=steps, help="steps a round and side")
+    parser.add_argument("--images", type=int, default=64, help="drawn images")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+
+
+def our_side(
+    name: str,
+    recipe: dict[str, Any],
+    folder: Path,
+    options: argparse.Namespace,
+    *words: str,
+    kind: str = "fit",
+    environment: Mapping[str, str] | None = None,
+) -> Side:
+    """Return a side that step_ours.py runs; its recipe, run and log get names of their own.
+
+    Args:
+        name: in the table, and of its files.
+        recipe: what it trains.
+        folder: for its files.
+        options: those of `add_options`.
+        words: further ones for step_ours.py.
+        kind: of step_ours.py.
+        environment: variables beside this process's.
+    """
+    file = folder / f"{name}.yaml"
+    trainer = recipe["trainer"] | {"default_root_dir": str(folder / f"{name} run")}
+    file.write_text(yaml.safe_dump(recipe | {"trainer": trainer}))
+    command = [sys.executable, str(HERE / "step_ours.py"), kind, "--recipe", str(file)]
+    variables = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": str(options.threads)}
+    return Side(name, [*command, "--threads", str(options.threads), *words], variables, folder / f"{name}.log")
+
+
+def write_figures(figures: dict[str, Any], options: argparse.Namespace) -> None:
+    """Write figures and options to the file of --json, if one was given."""
+    if options.json is not None:
+        options.json.write_text(json.dumps({**figures, **vars(options)}, default=str, indent=1) + "\n")
+
+
 def sides_of(folder: Path, options: argparse.Namespace) -> list[Side]:
     """Return the sides that were asked for."""
     files = draw_images(folder, options.images, options.size)
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_of(folder, options)))
+    sides = [our_side("distill fit", recipe_of(folder, options), folder, options, environment=OFFLINE)]
     environment = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": str(options.threads)}
-    ours = [sys.executable, str(HERE / "step_ours.py"), "fit", "--recipe", str(recipe)]
-    sides = [Side("distill fit", [*ours, "--threads", str(options.threads)], environment, folder / "ours.log")]
     for name in options.sides:
         command = [str(options.peers), str(HERE / "step_peers.py"), name, "--images", str(files)]
         for key in ("size", "batch", "precision", "threads"):
@@ -196,22 +239,13 @@ def main() -> None:
         "--peers", type=Path, default=Path(".venv-peers/bin/python"), help="Python of the peers' environment"
     )
     parser.add_argument("--sides", nargs="*", choices=PEERS, default=list(PEERS), help="which peers")
-    parser.add_argument("--size", type=int, default=224, help="image side in pixels")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="steps a round and side")
-    parser.add_argument("--images", type=int, default=64, help="drawn images")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    add_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as name:
         sides = sides_of(Path(name), options)
         measure(sides, rounds=options.rounds, steps=options.steps, batch=options.batch)
-    figures = report(sides, options)
-    if options.json is not None:
-        options.json.write_text(json.dumps({**figures, **vars(options)}, default=str, indent=1) + "\n")
+    write_figures(report(sides, options), options)
 
 
 if __name__ == "__main__":
