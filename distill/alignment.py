@@ -31,7 +31,8 @@ class AlignmentConfig:
             LLaVA-like consumers read.
         head: "linear", "layer_norm_linear", "mlp" or "none", one head for each paired layer.
         loss: by class_path, for example distill.losses.SmoothL1; null means distill.losses.NegativeCosine.
-        standardise: what is done to the teacher's tokens: "none", "mean_std" or "phi_s".
+        standardise: what is done to the teacher's tokens: "none", "mean_std", "phi_s", or "procrustes", which gives
+            them the student's width and axes, for head "none"; see `distill.standardise.Standardiser`.
         prefix_weight: share of the loss, from 0 to 1, that goes to prefix tokens where both sides have them; the rest
             goes to the patch tokens.
         layer_weights: weight of each paired layer, oldest first; null means equal. They are scaled to sum to 1.
@@ -71,9 +72,14 @@ class Alignment(nn.Module):
         check_alignment(config, student, teacher, self.loss)
         depth = config.num_layers
         student_dims, self.teacher_dims = student.layer_dims[-depth:], teacher.layer_dims[-depth:]
-        pairs = list(zip(student_dims, self.teacher_dims, strict=True))
-        self.heads = nn.ModuleList(build_head(config.head, wide, target) for wide, target in pairs)
-        self.standardisers = nn.ModuleList(Standardiser(config.standardise, target) for target in self.teacher_dims)
+        standardisers = [
+            Standardiser(config.standardise, target, own)
+            for own, target in zip(student_dims, self.teacher_dims, strict=True)
+        ]
+        self.target_dims = [module.out_dim for module in standardisers]
+        pairs = zip(student_dims, self.target_dims, strict=True)
+        self.heads = nn.ModuleList(build_head(config.head, own, target) for own, target in pairs)
+        self.standardisers = nn.ModuleList(standardisers)
         weights = config.layer_weights or [1.0] * depth
         self.layer_weights = [weight / sum(weights) for weight in weights]
         self.layer_names = [f"layer_{position - depth}" for position in range(depth)]
@@ -87,6 +93,36 @@ class Alignment(nn.Module):
     def needs_calibration(self) -> bool:
         """Whether a standardiser still lacks statistics."""
         return any(cast(Standardiser, module).needs_calibration for module in self.standardisers)
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether the standardisers' statistics are of the untrained student's tokens too."""
+        return any(cast(Standardiser, module).reads_student for module in self.standardisers)
+
+    def new_statistics(self) -> list[FeatureStatistics]:
+        """Return empty statistics, one a layer, oldest first, for `observe` and `calibrate`."""
+        own = self.target_dims if self.reads_student else [0] * len(self.teacher_dims)
+        return [FeatureStatistics(target + more) for target, more in zip(self.teacher_dims, own, strict=True)]
+
+    def observe(
+        self, statistics: list[FeatureStatistics], student: list[Layer] | None, teacher: list[Layer], keep: Tensor
+    ) -> None:
+        """Add patch tokens to statistics.
+
+        Args:
+            statistics: from `new_statistics`.
+            student: hidden states, oldest first, at least K; None where `reads_student` is not set.
+            teacher: the same of the teacher.
+            keep: bool `[B]`, the images that count.
+        """
+        depth = self.config.num_layers
+        if student is None:
+            for layer, (_, patches) in zip(statistics, teacher[-depth:], strict=True):
+                layer.update(patches[keep])
+            return
+        for layer, (ours, theirs) in zip(statistics, pair_last_layers(student, teacher, depth), strict=True):
+            own, target = match_grids(ours[1][keep], theirs[1][keep])
+            layer.update(torch.cat([target.float(), own.float()], dim=-1))
 
     def calibrate(self, statistics: list[FeatureStatistics]) -> None:
         """Fix the standardisers from one `FeatureStatistics` a layer, oldest first."""
@@ -159,10 +195,11 @@ def check_alignment(config: AlignmentConfig, student: Encoder, teacher: Encoder,
             f"{where}: layer_weights {weights} must be {config.num_layers} numbers, none negative and not all zero."
         )
     student_dims, teacher_dims = student.layer_dims[-config.num_layers :], teacher.layer_dims[-config.num_layers :]
-    if config.head == "none" and loss.needs_head and student_dims != teacher_dims:
+    has_own_width = config.standardise != "procrustes" and student_dims != teacher_dims
+    if config.head == "none" and loss.needs_head and has_own_width:
         raise ConfigError(
             f"{where}: head none needs equal widths, but the student has {student_dims} and the teacher "
-            f"{teacher_dims}; use head layer_norm_linear, or the loss distill.losses.TokenGram."
+            f"{teacher_dims}; use head layer_norm_linear, standardise procrustes, or the loss distill.losses.TokenGram."
         )
     if config.head != "none" and not loss.needs_head:
         raise ConfigError(f"{where}: the loss {type(loss).__name__} compares tokens without a head; use head none.")

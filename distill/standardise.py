@@ -3,7 +3,7 @@
 InternViT has no final norm: a few channels of its residual stream are far larger than the rest. The statistics come
 from a calibration pass before the first step, are kept in the checkpoint, and never change afterwards.
 
-Legend: D channels, N tokens.
+Legend: D channels, S the student's channels, N tokens.
 """
 
 from __future__ import annotations
@@ -13,22 +13,26 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-StandardiseMode = Literal["none", "mean_std", "phi_s"]
+StandardiseMode = Literal["none", "mean_std", "phi_s", "procrustes"]
 
 VARIANCE_FLOOR = 1e-6
 """Least variance of a channel, relative to the mean variance; dead channels would otherwise be blown up to noise."""
 
 
 class Standardiser(nn.Module):
-    """Maps teacher tokens to zero mean and unit variance, invertibly.
+    """Maps teacher tokens to zero mean and unit variance.
 
     Args:
         mode: "none" leaves tokens alone. "mean_std" subtracts each channel's mean and divides by its standard
             deviation (EUPE, arXiv 2603.22387). "phi_s" centres, rotates so that every channel has the same variance,
             and divides by one scalar, so relative errors keep their meaning (PHI-S, arXiv 2410.01680). PHI-S rotates
             by a Hadamard matrix, which not every width has (3200 has none at hand); here Givens rotations give the
-            same equal variances for any width.
+            same equal variances for any width. "procrustes" gives targets of the student's width, for `head: none`:
+            centred, turned to as many principal directions as the student has channels, rotated to where the
+            untrained student's own tokens are nearest (orthogonal Procrustes), and divided by one scalar. Angles stay,
+            up to what the left-out directions held, and the student does not begin by learning a change of axes.
         dim: D.
+        student_dim: S, for "procrustes".
     """
 
     mean: Tensor
@@ -36,15 +40,19 @@ class Standardiser(nn.Module):
     rotation: Tensor
     is_calibrated: Tensor
 
-    def __init__(self, mode: StandardiseMode, dim: int) -> None:
+    def __init__(self, mode: StandardiseMode, dim: int, student_dim: int = 0) -> None:
         super().__init__()
         self.mode = mode
         self.dim = dim
+        self.reads_student = mode == "procrustes"
+        self.out_dim = student_dim if self.reads_student else dim
         if mode == "none":
             return
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("scale", torch.ones(self.out_dim))
         self.register_buffer("is_calibrated", torch.tensor(False))
+        if mode == "procrustes":
+            self.register_buffer("rotation", torch.eye(self.out_dim, dim))
         if mode == "phi_s":
             self.register_buffer("rotation", torch.eye(dim))
 
@@ -56,6 +64,9 @@ class Standardiser(nn.Module):
     def calibrate(self, statistics: FeatureStatistics) -> None:
         """Fix the map from accumulated statistics.
 
+        Args:
+            statistics: of teacher tokens `[N, D]`; for "procrustes" of these beside the student's, `[N, D + S]`.
+
         Raises:
             ValueError: fewer tokens than two were seen, or they are not finite.
         """
@@ -66,16 +77,20 @@ class Standardiser(nn.Module):
             variance = covariance.diagonal()
             floor = VARIANCE_FLOOR * variance.mean()
             self.scale.copy_(variance.clamp_min(floor).rsqrt())
+        elif self.mode == "procrustes":
+            rotation, variance = nearest_directions(covariance, self.dim)
+            self.rotation.copy_(rotation)
+            self.scale.fill_(float(variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()))
         else:
             eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
             eigenvalues = eigenvalues.clamp_min(0)
             self.rotation.copy_(equalising_rotation(eigenvalues) @ eigenvectors.T)
             self.scale.fill_(float(eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()))
-        self.mean.copy_(mean)
+        self.mean.copy_(mean[: self.dim])
         self.is_calibrated.fill_(True)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return standardised tokens `[..., D]`, float32 unless the mode is "none".
+        """Return standardised tokens `[..., D]`, or `[..., S]`, float32 unless the mode is "none".
 
         Raises:
             RuntimeError: no statistics were given yet.
@@ -88,7 +103,7 @@ class Standardiser(nn.Module):
             )
         with torch.autocast(tokens.device.type, enabled=False):
             centred = tokens.float() - self.mean
-            if self.mode == "phi_s":
+            if self.mode in ("phi_s", "procrustes"):
                 centred = centred @ self.rotation.T
             return centred * self.scale
 
@@ -135,6 +150,27 @@ class FeatureStatistics:
         if not bool(torch.isfinite(covariance).all()):
             raise ValueError("The teacher's features are not finite: its weights or its dtype are unfit.")
         return mean, covariance
+
+
+def nearest_directions(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return a map of teacher tokens into the student's channels, and the variance a channel that it leaves.
+
+    The teacher's principal directions, as many as the student has channels, turned by the rotation that brings them
+    nearest to the student's tokens in the sense of least squares (Schoenemann, "A generalized solution of the
+    orthogonal Procrustes problem", 1966). A teacher narrower than the student fills as many dimensions as it has.
+
+    Args:
+        covariance: `[D + S, D + S]`, of teacher tokens beside the student's.
+        dim: D.
+
+    Returns:
+        `[S, D]`, and a scalar: the mean variance over the directions kept.
+    """
+    kept = min(dim, covariance.shape[0] - dim)
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance[:dim, :dim])
+    directions = eigenvectors[:, -kept:]
+    left, _, right = torch.linalg.svd(directions.T @ covariance[:dim, dim:], full_matrices=False)
+    return (directions @ left @ right).T, eigenvalues[-kept:].mean()
 
 
 def equalising_rotation(eigenvalues: Tensor) -> Tensor:

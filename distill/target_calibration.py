@@ -1,4 +1,4 @@
-"""Statistics of the teachers' hidden states, taken before the first step for alignments that standardise."""
+"""Statistics of the hidden states, taken before the first step for alignments that standardise their targets."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from distill.encoder import Layer
 from distill.finite import finite_samples
 from distill.standardise import FeatureStatistics
 
-Targets = Callable[[dict[str, Any], Mapping[str, int]], Mapping[str, list[Layer]]]
-"""Gives the last hidden states of a batch, as many of each teacher as are asked for, or more."""
+States = Callable[[dict[str, Any], Mapping[str, int]], Mapping[str, list[Layer]]]
+"""Gives the last hidden states of a batch, as many of each encoder as are asked for, or more."""
 
 
 def calibrate_alignments(
-    trainer: Trainer, device: torch.device, alignments: Iterable[nn.Module], num_batches: int, targets_of: Targets
+    trainer: Trainer,
+    device: torch.device,
+    alignments: Iterable[nn.Module],
+    num_batches: int,
+    targets_of: States,
+    own_of: States,
 ) -> None:
-    """Take the teachers' statistics over the first training batches; does nothing when none are wanted.
+    """Take the statistics over the first training batches; does nothing when none are wanted.
 
     Args:
         trainer: of the run.
@@ -30,19 +35,21 @@ def calibrate_alignments(
         alignments: of the task.
         num_batches: of training.
         targets_of: the teachers' hidden states.
+        own_of: the untrained students'.
     """
     everyone = [cast(Alignment, module) for module in alignments]
     wanting = [alignment for alignment in everyone if alignment.needs_calibration]
     if not wanting:
         return
-    statistics = [[FeatureStatistics(dim) for dim in alignment.teacher_dims] for alignment in wanting]
+    statistics = [alignment.new_statistics() for alignment in wanting]
     for batch in cast(Any, trainer).datamodule.calibration_batches(num_batches):
         for alignment, layers in zip(wanting, statistics, strict=True):
             name, count = alignment.config.teacher, alignment.config.num_layers
             targets = targets_of(batch, {name: count})[name][-count:]
             keep = finite_samples(targets)  # one NaN would stay in the statistics for ever
-            for layer, (_, patches) in zip(layers, targets, strict=True):
-                layer.update(patches[keep])
+            student = alignment.config.student
+            own = own_of(batch, {student: count})[student] if alignment.reads_student else None
+            alignment.observe(layers, own, targets, keep)
     for alignment, layers in zip(wanting, statistics, strict=True):
         alignment.calibrate([sum_over_ranks(trainer, device, layer) for layer in layers])
     _give_averages_the_statistics(trainer, everyone)

@@ -145,7 +145,7 @@ class DistillationTask(FusedClipping):
         domains = data.domains
         self._metrics = [
             MetricCollection(
-                {name: DomainCosine(domains, dim) for name, dim in zip(a.layer_names, a.teacher_dims, strict=True)},
+                {name: DomainCosine(domains, dim) for name, dim in zip(a.layer_names, a.target_dims, strict=True)},
                 compute_groups=False,
             )
             for a in self.comparable_alignments()
@@ -284,13 +284,25 @@ class DistillationTask(FusedClipping):
 
     @torch.no_grad()
     def calibrate(self) -> None:
-        """Take the teachers' statistics over the first training batches; does nothing when none are wanted."""
-        calibrate_alignments(self.trainer, self.device, self.alignments, self.calibration_batches, self._targets_of)
+        """Take the targets' statistics over the first training batches; does nothing when none are wanted."""
+        count, states = self.calibration_batches, (self._targets_of, self._untrained_states)
+        calibrate_alignments(self.trainer, self.device, self.alignments, count, *states)
 
     def _targets_of(self, batch: Batch, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
         if self.stored is not None:
             return self.stored.states(batch[STATES_KEY].to(self.device))
         return self.teachers.forward_hidden_states(batch["images"].to(self.device), layers)
+
+    def _untrained_states(self, batch: Batch, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
+        images, found = batch["images"].to(self.device), dict[str, list[Layer]]()
+        for name, count in layers.items():
+            student = self.students[name]
+            modes = [(module, module.training) for module in student.modules()]
+            student.eval()  # batch norms keep the statistics of their weights
+            found[name] = cast(Encoder, student).forward_hidden_states(images, count)
+            for module, mode in modes:
+                module.training = mode
+        return found
 
     def _named(self, key: str, alignment: Alignment) -> str:
         """Put student and teacher into a metric's path where the run has several alignments."""

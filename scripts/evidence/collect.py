@@ -23,7 +23,6 @@ Key = tuple[str, str]
 """Data set and metric."""
 
 RECEIPTS: Key = ("receipts", "cer")
-REDUCED = "reduced"
 INITIAL, RANDOM = "initialisation", "initialisation, random"
 
 
@@ -110,8 +109,7 @@ def _arm_of(encoder: str, role: str, variant: str, *, is_random: bool) -> tuple[
     if role == "initial":
         return (RANDOM if is_random else INITIAL), "initial"
     if role == "teacher":
-        # Variants reduce different teachers under this one name.
-        return f"teacher {encoder}" + (f" ({variant})" if encoder == REDUCED else ""), "teacher"
+        return f"teacher {encoder}", "teacher"
     return variant, "variant"
 
 

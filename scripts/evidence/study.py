@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
-from variants import Study, Variant, read_study, with_changes
+from variants import Study, Variant, read_study
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -103,28 +103,16 @@ class Driver:
         for seed in self.study.seeds:
             for variant in self.study.variants:
                 if variant.tool == "distill" or self.lightly_python is not None:
-                    steps += self._preparations(variant, known)
+                    states = self.states_of(variant)
+                    if states is not None and states not in known:
+                        known.add(states)
+                        steps.append(self._cache_step(variant, states))
                     steps += [self._train_step(variant, seed), self._judge_step(variant, seed)]
         return steps
-
-    def _preparations(self, variant: Variant, known: set[Path]) -> list[Step]:
-        """Return the steps that make what a variant trains from, unless an earlier variant needed it."""
-        pairs = ((self.basis_of(variant), self._basis_step), (self.states_of(variant), self._cache_step))
-        found = [(made, make) for made, make in pairs if made is not None and made not in known]
-        known.update(made for made, _ in found)
-        return [make(variant, made) for made, make in found]
 
     def states_of(self, variant: Variant) -> Path | None:
         """Return the folder of a variant's teacher states."""
         return self.work / "states" / f"{variant.states}-{self.study.img_size_px}" if variant.states else None
-
-    def basis_of(self, variant: Variant) -> Path | None:
-        """Return the file with the directions that a variant's teachers are reduced to, at the study's image size."""
-        for spec in variant.recipe["model"]["teachers"].values():
-            if "basis" in spec["init_args"]:
-                basis = Path(spec["init_args"]["basis"])
-                return basis.with_stem(f"{basis.stem}-{self.study.img_size_px}")
-        return None
 
     def run_of(self, variant: Variant, seed: int) -> Path:
         """Return the folder of a variant's run."""
@@ -135,10 +123,7 @@ class Driver:
         recipe = {**variant.recipe, "seed_everything": seed}
         recipe["trainer"] = {**recipe["trainer"], "default_root_dir": str(run)}
         recipe["data"] = {**recipe["data"], "seed": seed, "img_size_px": self.study.img_size_px}
-        basis, states = self.basis_of(variant), self.states_of(variant)
-        if basis is not None:
-            (name,) = recipe["model"]["teachers"]
-            recipe = with_changes(recipe, {f"model.teachers.{name}.init_args.basis": str(basis)})
+        states = self.states_of(variant)
         if states is not None:
             recipe["model"] = {**recipe["model"], "teacher_states": str(states)}
         file = run / "recipe.yaml"
@@ -149,23 +134,14 @@ class Driver:
     def _plain(self, words: list[str], name: str) -> tuple[float, float]:
         return run_logged(words, self.work / "logs" / f"{name}.log", self._environment())
 
-    def _without_states(self, variant: Variant, name: str) -> str:
-        """Write a variant's recipe with the teachers themselves; return its file."""
-        return str(self.recipe_of(replace(variant, states=""), 0, self.work / "logs" / name))
-
-    def _basis_step(self, variant: Variant, basis: Path) -> Step:
-        def fit() -> None:
-            recipe = self._without_states(variant, basis.stem)
-            self._plain([sys.executable, str(HERE / "reduced.py"), recipe], basis.stem)
-
-        return Step(f"directions of the teachers: {basis.stem}", basis.is_file, fit)
-
     def _cache_step(self, variant: Variant, states: Path) -> Step:
         done = states / "complete.json"
 
         def fill() -> None:
             states.mkdir(parents=True, exist_ok=True)
-            words = [sys.executable, "-m", "distill", "cache", self._without_states(variant, states.name)]
+            # The recipe with the teachers themselves.
+            recipe = self.recipe_of(replace(variant, states=""), 0, self.work / "logs" / states.name)
+            words = [sys.executable, "-m", "distill", "cache", str(recipe)]
             cpu_s, wall_s = self._plain([*words, "--out", str(states), "--compression", "fp16"], states.name)
             done.write_text(json.dumps({"cpu_s": cpu_s, "wall_s": wall_s}), encoding="utf-8")
 

@@ -6,7 +6,6 @@ import torch
 from distill.alignment import Alignment, AlignmentConfig, describe
 from distill.errors import ConfigError
 from distill.losses import MSE, TokenGram
-from distill.standardise import FeatureStatistics
 
 
 def config(**changes) -> AlignmentConfig:
@@ -84,13 +83,30 @@ def test_standardised_targets_need_calibration_first(make_encoder) -> None:
     assert alignment.needs_calibration
     with pytest.raises(RuntimeError, match="no statistics"):
         alignment(*layers)
-    statistics = [FeatureStatistics(20), FeatureStatistics(20)]
-    for layer, (_, patches) in zip(statistics, layers[1], strict=True):
-        layer.update(patches)
+    statistics = alignment.new_statistics()
+    alignment.observe(statistics, None, layers[1], torch.tensor([True, False]))
+    assert statistics[0].count == layers[1][0][1][0, ..., 0].numel()
     alignment.calibrate(statistics)
     assert not alignment.needs_calibration
     assert torch.isfinite(alignment(*layers)["loss"])
     assert "standardisers.0.rotation" in alignment.state_dict()
+
+
+def test_targets_of_the_students_width_need_no_head_whatever_the_teachers_width_and_grid(make_encoder) -> None:
+    student, teacher = make_encoder(8, patch_size=8), make_encoder(20, patch_size=4)
+    alignment = Alignment(config(head="none", standardise="procrustes"), student, teacher)
+    assert not list(alignment.parameters())
+    x = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    layers = student.forward_hidden_states(x, 2), teacher.forward_hidden_states(x, 2)
+    statistics = alignment.new_statistics()
+    alignment.observe(statistics, *layers, torch.arange(16) > 0)
+    assert statistics[0].count == 15 * 16
+    alignment.calibrate(statistics)
+    assert [target.shape for _, target in alignment.tokens(*layers)] == [(16, 16, 8)] * 2
+    nearest = alignment(*layers)["loss/layer_-1"]
+    turned = torch.linalg.qr(torch.randn(8, 8))[0]
+    alignment.standardisers[1].rotation.copy_(turned @ alignment.standardisers[1].rotation)
+    assert alignment(*layers)["loss/layer_-1"] > nearest + 0.1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ import collect  # noqa: E402
 import intervals  # noqa: E402
 import pooled  # noqa: E402
 import prepare  # noqa: E402
-import reduced  # noqa: E402
 import study  # noqa: E402
 import tables  # noqa: E402
 import variants  # noqa: E402
@@ -164,27 +163,6 @@ def test_the_pooled_loss_sees_means_only() -> None:
     student = torch.tensor([[[0.0], [2.0]]])
     assert pooled.PooledMSE().compute(student, torch.tensor([[[1.0], [1.0]]])) == 0.0
     assert pooled.PooledMSE().compute(student, torch.tensor([[[3.0], [3.0]]])) == 4.0
-
-
-def test_reduced_targets_keep_the_angles_between_centred_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randn(500, 6, generator=generator) @ torch.randn(6, 40, generator=generator) + 3.0
-    basis = reduced.fit_directions(tokens, [40], dims=6)
-    short = ((tokens - basis["mean"]) * basis["scale"]) @ basis["directions"]
-    centred = tokens - tokens.mean(0)
-    cosines = [torch.nn.functional.normalize(side, dim=1) for side in (short, centred)]
-    torch.testing.assert_close(cosines[0] @ cosines[0].T, cosines[1] @ cosines[1].T, atol=1e-3, rtol=0)
-    assert float(short.var(0).mean()) == pytest.approx(1.0, rel=1e-3)
-
-
-def test_a_teacher_of_large_numbers_does_not_drown_another() -> None:
-    generator = torch.Generator().manual_seed(0)
-    small, large = torch.randn(400, 5, generator=generator), 100 * torch.randn(400, 20, generator=generator)
-    tokens = torch.cat([small, large], dim=1)
-    basis = reduced.fit_directions(tokens, [5, 20], dims=25)
-    scaled = (tokens - basis["mean"]) * basis["scale"]
-    shares = [float(part.square().sum(1).mean()) for part in scaled.split([5, 20], dim=1)]
-    assert shares == pytest.approx([1.0, 1.0], rel=1e-3)
 
 
 def test_a_difference_is_paired_image_by_image() -> None:

@@ -72,7 +72,7 @@ def test_signals_end_it_as_they_end_any_process() -> None:
 def test_one_that_takes_too_long_is_killed_and_a_session_of_its_own_can_be_ended_whole(tmp_path: Path) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         run([PYTHON, "-c", "import time; time.sleep(600)"], timeout=0.2)
-    code = "import os, time; os.write(1, b'%d\\n' % os.fork()); time.sleep(600)"  # one write, which the other cannot cut
+    code = "import os, time; os.write(1, b'%d\\n' % os.fork()); time.sleep(600)"  # one write each
     process = ForkedPython([PYTHON, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout
     child = max(int(process.stdout.readline()), int(process.stdout.readline()))

@@ -88,3 +88,44 @@ def test_a_dead_channel_is_not_blown_up() -> None:
     standardiser = Standardiser("mean_std", 3)
     standardiser.calibrate(statistics(x))
     assert standardiser(x).abs().max() < 10
+
+
+def beside(teacher: torch.Tensor, student: torch.Tensor) -> FeatureStatistics:
+    return statistics(torch.cat([teacher, student], dim=1))
+
+
+def test_procrustes_undoes_the_rotation_between_a_teacher_and_its_turned_copy() -> None:
+    teacher = features()
+    turned = (teacher - teacher.mean(0)) @ torch.linalg.qr(torch.randn(12, 12))[0]
+    standardiser = Standardiser("procrustes", 12, 12)
+    standardiser.calibrate(beside(teacher, 3 * turned + 7))
+    y = standardiser(teacher)
+    cosine = torch.cosine_similarity(y, turned, dim=1)
+    assert cosine.min() > 0.9999
+    assert y.var(0).mean() == pytest.approx(1, rel=1e-3)
+
+
+def test_procrustes_gives_the_students_width_keeps_angles_and_is_as_near_as_a_rotation_can_be() -> None:
+    torch.manual_seed(0)
+    teacher = torch.randn(4000, 5) @ torch.randn(5, 20) + 3  # 5 of its 20 dimensions are used
+    student = teacher @ torch.randn(20, 8) + torch.randn(4000, 8)
+    standardiser = Standardiser("procrustes", 20, 8)
+    standardiser.calibrate(beside(teacher, student))
+    y, own, centred = standardiser(teacher), student - student.mean(0), teacher - teacher.mean(0)
+    assert y.shape == (4000, 8)
+    wanted = torch.nn.functional.normalize(centred[:50]) @ torch.nn.functional.normalize(centred[:50]).T
+    got = torch.nn.functional.normalize(y[:50]) @ torch.nn.functional.normalize(y[:50]).T
+    assert torch.allclose(got, wanted, atol=1e-3)
+    nearest = (y - own).square().mean()
+    for _ in range(20):
+        other = y @ torch.linalg.qr(torch.eye(8) + 0.2 * torch.randn(8, 8))[0]
+        assert (other - own).square().mean() > nearest
+
+
+def test_procrustes_places_a_narrower_teacher_in_the_students_channels() -> None:
+    teacher = torch.randn(4000, 4) * 5
+    student = teacher @ torch.linalg.qr(torch.randn(10, 4))[0].T
+    standardiser = Standardiser("procrustes", 4, 10)
+    standardiser.calibrate(beside(teacher, student))
+    assert standardiser(teacher).shape == (4000, 10)
+    assert torch.cosine_similarity(standardiser(teacher), student - student.mean(0), dim=1).min() > 0.999

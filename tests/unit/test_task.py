@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -191,6 +191,29 @@ def test_standardisers_are_calibrated_before_the_first_step_and_saved(make_encod
     fit(module, tmp_path, steps=2)
     state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
     assert bool(state["alignments.0.standardisers.1.is_calibrated"])
+
+
+def test_targets_are_turned_to_the_untrained_student_which_stays_as_it_is(make_encoder, tmp_path: Path) -> None:
+    alignment = AlignmentConfig("small", "big", num_layers=2, head="none", standardise="procrustes")
+    student = make_encoder(8)
+    student.norm = torch.nn.BatchNorm2d(3)  # its running statistics would tell a forward in training mode
+    student.frozen = torch.nn.Dropout().eval()
+    forward = student.forward_hidden_states
+    student.forward_hidden_states = lambda x, n: forward((255 * student.norm(x.float() / 255).sigmoid()).byte(), n)
+    module = task(make_encoder, students={"small": student}, alignments=[alignment])
+    seen: list[int] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append(int(student.norm.num_batches_tracked))
+            assert student.norm.training
+            assert not student.frozen.training
+
+    fit(module, tmp_path, steps=2, callbacks=[Look()], settings={"num_sanity_val_steps": 0})
+    assert seen == [0]
+    state = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["state_dict"]
+    assert state["alignments.0.standardisers.1.rotation"].shape == (8, 20)
+    assert not torch.equal(state["alignments.0.standardisers.1.rotation"], torch.eye(8, 20))
 
 
 @pytest.mark.parametrize(
