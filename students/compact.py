@@ -36,6 +36,9 @@ class TimmStudent(TimmEncoder):
         strides: strides that differ from timm's model, by module, such as `stages.3.downsample.conv2.conv: 1`
             for MobileSAM's TinyViT. Exports that hold the whole graph (onnx, pt2, executorch) keep them; timm has no
             argument for them, so the timm export refuses such a student.
+        frozen: modules that keep their weights, such as `[patch_embed, stages.0]`: no gradient is computed for them
+            and their batch norms keep their statistics. Where these are the first ones, a step saves their backward
+            pass.
         init: for random weights: "timm", or, for ViTs, "mimetic" (arXiv 2305.09828).
         seed: of random weights.
         drop_path_rate: stochastic depth; none leaves the model's own.
@@ -45,7 +48,8 @@ class TimmStudent(TimmEncoder):
             model supports it.
 
     Raises:
-        ValueError: timm does not know the name, refuses an argument, or the model has no `forward_intermediates`.
+        ValueError: timm does not know the name, refuses an argument, or the model has no `forward_intermediates`;
+            `strides` or `frozen` names no module of it.
 
     Example:
         >>> import torch
@@ -64,6 +68,7 @@ class TimmStudent(TimmEncoder):
         model_args: dict[str, Any] | None = None,
         *,
         strides: dict[str, int] | None = None,
+        frozen: list[str] | None = None,
         init: RandomInit = "timm",
         seed: int = 0,
         drop_path_rate: float | None = None,
@@ -103,12 +108,22 @@ class TimmStudent(TimmEncoder):
         self._weights, self._seed, self._strides = weights, seed, dict(strides or {})
         self._init: RandomInit = init
         self._unused = _freeze_unused_parameters(self.model, size)
+        self._frozen = tuple(frozen or ())
+        for path in self._frozen:
+            _named_module(self.model, path, model_name).requires_grad_(False)
         _fill_constant_buffers(self.model, model_name, args)
 
     @property
     def timm_strides(self) -> dict[str, int]:
         """Strides that differ from timm's model, by module."""
         return dict(self._strides)
+
+    def train(self, mode: bool = True) -> TimmStudent:
+        """Switch between training and evaluation; frozen modules stay in evaluation."""
+        super().train(mode)
+        for path in self._frozen:
+            self.model.get_submodule(path).eval()
+        return self
 
     def read_weights(self) -> dict[str, Tensor]:
         """Return the named weights under timm's keys, without a classifier.
@@ -186,6 +201,14 @@ def _feature_layers(model: nn.Module, model_name: str) -> list[tuple[int, int]]:
         raise ValueError(f"timm's {model_name} has no forward_intermediates; choose another model_name.")
     entries = cast(list[dict[str, Any]], info if isinstance(info, list) else info.info)
     return [(int(entry["num_chs"]), int(entry["reduction"])) for entry in entries]
+
+
+def _named_module(model: nn.Module, path: str, model_name: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if not path or path not in modules:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(f"frozen names {path!r}: no such module in timm's {model_name}, which has {children}.")
+    return modules[path]
 
 
 def _freeze_unused_parameters(model: nn.Module, img_size: int) -> frozenset[str]:

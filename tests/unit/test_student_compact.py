@@ -249,3 +249,24 @@ def test_mimetic_init_applies_to_vits_and_is_refused_elsewhere() -> None:
 def test_gradient_checkpointing_where_timm_has_none_is_refused() -> None:
     with pytest.raises(ValueError, match="has no gradient checkpointing"):
         TimmStudent("vgg11", "random", grad_checkpointing=True)
+
+
+def test_frozen_modules_keep_weights_and_batch_statistics_while_the_rest_trains() -> None:
+    student = TimmStudent("test_resnet", weights="random", img_size=64, frozen=["conv1", "bn1", "layer1"])
+    student.load_weights()
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    student.train().train()
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    student.forward_hidden_states(images, 1)[0][1].square().mean().backward()
+    optimizer.step()
+    changed = {name.split(".")[0] for name, value in student.model.state_dict().items() if not value.equal(before[name])}
+    assert changed == {"layer2", "layer3", "layer4"}
+    assert student.model.layer2.training
+    assert not any(module.training for module in student.model.layer1.modules())
+    assert not any(module.training for module in student.eval().modules())
+
+
+def test_a_frozen_module_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"frozen names 'stages\.0': no such module .* which has conv1, .*layer4"):
+        TimmStudent("test_resnet", weights="random", frozen=["stages.0"])
