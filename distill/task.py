@@ -22,6 +22,7 @@ from distill.finite import finite_samples
 from distill.frozen_teachers import FrozenTeachers
 from distill.gradient_clipping import FusedClipping
 from distill.initial_values import kept_initial_values
+from distill.low_resolution import LowResolution
 from distill.metrics import DomainCosine
 from distill.optim import OptimConfig, build_optimizer, build_scheduler, parameter_groups
 from distill.roster import as_modules, check_names, layers_needed, refuse_other_weights, refuse_uncalibrated
@@ -51,6 +52,7 @@ class DistillationTask(FusedClipping):
             them with those that filled it. null runs the teachers.
         calibration_batches: training batches from which the statistics of standardised targets are taken before the
             first step; used only where an alignment standardises.
+        low_resolution: lets students begin on small copies of the images; null shows them whole ones from the start.
         engine: how steps are run: attention kernels, torch.compile, teachers spread over the ranks.
 
     Raises:
@@ -67,6 +69,7 @@ class DistillationTask(FusedClipping):
         teacher_cache_gib: float = 0.0,
         calibration_batches: int = 16,
         teacher_states: Path | None = None,
+        low_resolution: LowResolution | None = None,
         engine: EngineConfig | None = None,
     ) -> None:
         super().__init__()
@@ -81,6 +84,8 @@ class DistillationTask(FusedClipping):
         )
         self.optimizer_config = optimizer or OptimConfig()
         self.calibration_batches, self.teacher_states = calibration_batches, teacher_states
+        self.low_resolution = low_resolution
+        self.low_resolution_steps = 0
         self.memory = HiddenStateMemory(int(teacher_cache_gib * 2**30))
         self.stored: StoredStates | None = None
         self.initial_metrics: dict[str, float] = {}
@@ -123,6 +128,8 @@ class DistillationTask(FusedClipping):
         groups = parameter_groups(self.students, self.alignments, self.optimizer_config)
         optimizer = build_optimizer(groups, self.optimizer_config)
         total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.low_resolution is not None:
+            self.low_resolution_steps = round(self.low_resolution.fraction * total_steps)
         scheduler = build_scheduler(optimizer, total_steps, self.optimizer_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -130,8 +137,8 @@ class DistillationTask(FusedClipping):
         """Make one set of validation metrics for each alignment that can report a cosine.
 
         Raises:
-            ConfigError: teacher states are to be remembered although the training views change, or those in
-                `teacher_states` are of something else.
+            ConfigError: teacher states are to be remembered although the training views change, those in
+                `teacher_states` are of something else, or a student cannot take the size of `low_resolution`.
             DataError: the folder `teacher_states` is damaged or not filled.
         """
         data = cast(Any, self.trainer).datamodule
@@ -142,6 +149,8 @@ class DistillationTask(FusedClipping):
                 "model.teacher_cache_gib remembers what the teacher said about an image, but data.augment changes the "
                 "image each time; set data.augment to {reencode: none}, or teacher_cache_gib to 0."
             )
+        if stage == "fit" and self.low_resolution is not None:
+            self.low_resolution.check(data.img_size_px, cast(dict[str, Encoder], dict(self.students.items())))
         domains = data.domains
         self._metrics = [
             MetricCollection(
@@ -193,6 +202,8 @@ class DistillationTask(FusedClipping):
     ) -> tuple[dict[str, list[Layer]], dict[str, list[Layer]]]:
         """Return the hidden states of every teacher and of every student, as many as their alignments need."""
         images, targets = batch["images"], self._targets(batch, split)
+        if self.low_resolution is not None and split == "train" and self.global_step < self.low_resolution_steps:
+            images = self.low_resolution.shrink(images)
         self.teacher_is_finite = {name: finite_samples(layers) for name, layers in targets.items()}
         try:
             own = {

@@ -21,9 +21,10 @@ class Throughput(Callback):
 
     They are means over the steps between two logged ones, data loading included and validation left out. Operations are
     counted, as `distill plan` counts them, while the first batch of each epoch runs: a teacher whose states are
-    remembered or cached does not count. What gradient checkpointing does a second time does not count either. MFU is
-    the share of the device's peak by its data sheet, or, on a CPU and on devices that are not in
-    `distill.accelerators`, of what a matrix product was measured to reach when training began.
+    remembered or cached does not count, and a resolution that changes within an epoch counts from the next. What
+    gradient checkpointing does a second time does not count either. MFU is the share of the device's peak by its data
+    sheet, or, on a CPU and on devices that are not in `distill.accelerators`, of what a matrix product was measured to
+    reach when training began.
 
     Args:
         every_n_steps: training batches between two measurements.

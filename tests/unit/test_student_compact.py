@@ -260,7 +260,9 @@ def test_frozen_modules_keep_weights_and_batch_statistics_while_the_rest_trains(
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     student.forward_hidden_states(images, 1)[0][1].square().mean().backward()
     optimizer.step()
-    changed = {name.split(".")[0] for name, value in student.model.state_dict().items() if not value.equal(before[name])}
+    changed = {
+        name.split(".")[0] for name, value in student.model.state_dict().items() if not value.equal(before[name])
+    }
     assert changed == {"layer2", "layer3", "layer4"}
     assert student.model.layer2.training
     assert not any(module.training for module in student.model.layer1.modules())

@@ -20,6 +20,7 @@ from distill.callbacks.last_checkpoint import LastCheckpoint
 from distill.callbacks.throughput import Throughput
 from distill.checkpoint import assign_strictly, read_checkpoint
 from distill.errors import ConfigError, WeightsError
+from distill.low_resolution import LowResolution
 from distill.optim import OptimConfig
 from distill.task import DistillationTask
 
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 class RandomImages(LightningDataModule):
     domains = ("natural", "ocr")
     has_fixed_views = True
+    img_size_px = 32
 
     def __init__(self, count: int = 16, batch: int = 4) -> None:
         super().__init__()
@@ -343,3 +345,45 @@ def test_weights_are_read_on_the_cpu_whatever_the_default_device(make_encoder) -
     with torch.device("meta"):
         module.configure_model()
     assert devices == ["cpu", "cpu"]
+
+
+def test_students_see_small_images_first_and_teachers_whole_ones(make_encoder, tmp_path: Path) -> None:
+    module = task(make_encoder, low_resolution=LowResolution(16, 0.5))
+    seen: dict[str, list[int]] = {"small": [], "big": []}
+    for name, encoder in (("small", module.students["small"]), ("big", module.teachers["big"])):
+
+        def look(images: torch.Tensor, count: int, name=name, forward=encoder.forward_hidden_states):
+            seen[name].append(images.shape[-1])
+            return forward(images, count)
+
+        encoder.forward_hidden_states = look
+    fit(module, tmp_path, steps=8, settings={"num_sanity_val_steps": 0, "limit_val_batches": 0})
+    assert seen["small"] == [16] * 4 + [32] * 4
+    assert set(seen["big"]) == {32}
+    seen["small"].clear()
+    other = task(make_encoder, low_resolution=LowResolution(16, 0.5))
+    trainer = fit(other, tmp_path / "other", steps=3, settings={"num_sanity_val_steps": 0, "limit_val_batches": 0})
+    assert other.low_resolution_steps == 2  # of the three steps that this run has
+    assert trainer.global_step == 3
+
+
+def test_a_small_image_is_an_average_of_the_whole_one() -> None:
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    images[..., ::2] = 255
+    assert LowResolution(16, 0.5).shrink(images).std() < 0.1  # stripes of one pixel, not every second column
+    assert torch.equal(LowResolution(16, 0.5).shrink(torch.ones(1, 3, 32, 32)), torch.ones(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("size", "fraction", "message"),
+    [
+        (16, 0.0, "fraction is 0.0; it must lie between 0 and 1"),
+        (16, 1.0, "set data.img_size_px"),
+        (0, 0.5, "img_size_px is 0; it must be at least 1"),
+        (32, 0.5, "must be below data.img_size_px, 32"),
+        (18, 0.5, "must be a multiple of 8, the student 'small'"),
+    ],
+)
+def test_a_low_resolution_that_cannot_be_is_refused_by_key(make_encoder, tmp_path, size, fraction, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        fit(task(make_encoder, low_resolution=LowResolution(size, fraction)), tmp_path, steps=1)
