@@ -5,6 +5,7 @@ Legend: B images, N tokens, D the teacher's width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -37,6 +38,9 @@ class AlignmentConfig:
             goes to the patch tokens.
         layer_weights: weight of each paired layer, oldest first; null means equal. They are scaled to sum to 1.
         weight: factor of this alignment in the total loss.
+        domains: names of the data's domains whose images this alignment is for; null means all. Domains can so have a
+            teacher each, for example the student's own initialisation where it is to stay what it is. An image counts
+            as much as it would in an alignment for all.
         chunk_tokens: tokens whose projection is held at a time, where the loss is the negative cosine and the head ends
             with a linear layer; 0 holds the projections of the whole batch until the backward pass.
     """
@@ -50,6 +54,7 @@ class AlignmentConfig:
     prefix_weight: float = 0.1
     layer_weights: list[float] | None = None
     weight: float = 1.0
+    domains: list[str] | None = None
     chunk_tokens: int = 4096
 
 
@@ -83,10 +88,34 @@ class Alignment(nn.Module):
         weights = config.layer_weights or [1.0] * depth
         self.layer_weights = [weight / sum(weights) for weight in weights]
         self.layer_names = [f"layer_{position - depth}" for position in range(depth)]
+        self._domain_ids: list[int] | None = None
+
+    def use_domains(self, names: Sequence[str]) -> None:
+        """Take the order in which batches number their domains.
+
+        Args:
+            names: of the data's domains.
+
+        Raises:
+            ConfigError: the data have no domain that this alignment names.
+        """
+        wanted = self.config.domains
+        unknown = sorted(set(wanted or ()) - set(names))
+        if unknown or wanted == []:
+            raise ConfigError(
+                f"{where(self.config)}: domains names {', '.join(unknown) or 'none'}; the data have {', '.join(names)}."
+            )
+        self._domain_ids = None if wanted is None else [list(names).index(name) for name in wanted]
+
+    def counts(self, domain: Tensor) -> Tensor:
+        """Return which images of a batch this alignment is for, bool `[B]`, from their domain ids `[B]`."""
+        if self._domain_ids is None:
+            return torch.ones_like(domain, dtype=torch.bool)
+        return torch.isin(domain, torch.tensor(self._domain_ids, device=domain.device))
 
     @property
     def has_comparable_tokens(self) -> bool:
-        """Whether student tokens, after the head, have the teacher's width, so that a cosine can be reported."""
+        """Whether student tokens, after the head, have the targets' width, so that a cosine can be reported."""
         return self.loss.needs_head
 
     @property
@@ -100,7 +129,11 @@ class Alignment(nn.Module):
         return any(cast(Standardiser, module).reads_student for module in self.standardisers)
 
     def new_statistics(self) -> list[FeatureStatistics]:
-        """Return empty statistics, one a layer, oldest first, for `observe` and `calibrate`."""
+        """Return empty statistics, one a layer, oldest first, for `observe` and `calibrate`.
+
+        They are of teacher tokens `[N, D]`, or, where `reads_student` is set, of these beside the student's,
+        `[N, D + S]`.
+        """
         own = self.target_dims if self.reads_student else [0] * len(self.teacher_dims)
         return [FeatureStatistics(target + more) for target, more in zip(self.teacher_dims, own, strict=True)]
 
@@ -114,14 +147,20 @@ class Alignment(nn.Module):
             student: hidden states, oldest first, at least K; None where `reads_student` is not set.
             teacher: the same of the teacher.
             keep: bool `[B]`, the images that count.
+
+        Raises:
+            ValueError: there are fewer layers than K.
         """
         depth = self.config.num_layers
+        chosen = select(teacher[-depth:], keep)
         if student is None:
-            for layer, (_, patches) in zip(statistics, teacher[-depth:], strict=True):
-                layer.update(patches[keep])
+            for layer, (_, patches) in zip(statistics, chosen, strict=True):
+                layer.update(patches)
             return
-        for layer, (ours, theirs) in zip(statistics, pair_last_layers(student, teacher, depth), strict=True):
-            own, target = match_grids(ours[1][keep], theirs[1][keep])
+        for layer, (ours, theirs) in zip(
+            statistics, pair_last_layers(select(student, keep), chosen, depth), strict=True
+        ):
+            own, target = match_grids(ours[1], theirs[1])
             layer.update(torch.cat([target.float(), own.float()], dim=-1))
 
     def calibrate(self, statistics: list[FeatureStatistics]) -> None:
@@ -137,13 +176,28 @@ class Alignment(nn.Module):
             paired.append(self._project(position, patch_tokens(own), patch_tokens(target)))
         return paired
 
-    def forward(self, student: list[Layer], teacher: list[Layer]) -> dict[str, Tensor]:
+    def forward(self, student: list[Layer], teacher: list[Layer], domain: Tensor | None = None) -> dict[str, Tensor]:
         """Return `{"loss": scalar, "loss/layer_-K": scalar, ..., "loss/layer_-1": scalar}`, float32.
 
         Args:
             student: hidden states, oldest first, at least K.
             teacher: hidden states, oldest first, at least K.
+            domain: domain ids `[B]`; needed where the alignment is for some domains, whose part of the batch the
+                values are then multiplied by.
         """
+        if self._domain_ids is None or domain is None:
+            return self._values(student, teacher)
+        keep = self.counts(domain)
+        if not bool(keep.any()):
+            # Every trained parameter takes part in each step: processes that train together count on it.
+            tensors = [*self.parameters(), *(part for layer in student[-self.config.num_layers :] for part in layer)]
+            zero = torch.stack([0.0 * tensor.float().sum() for tensor in tensors]).sum()
+            return {"loss": zero, **{f"loss/{name}": zero for name in self.layer_names}}
+        share = keep.float().mean()
+        kept = self._values(select(student, keep), select(teacher, keep))
+        return {name: share * value for name, value in kept.items()}
+
+    def _values(self, student: list[Layer], teacher: list[Layer]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for position, (ours, theirs) in enumerate(pair_last_layers(student, teacher, self.config.num_layers)):
             own, target = match_grids(ours[1], theirs[1])
@@ -175,34 +229,46 @@ class Alignment(nn.Module):
         return f"{self.config.student} <- {self.config.teacher}, {type(self.loss).__name__}"
 
 
+def where(config: AlignmentConfig) -> str:
+    """Return how messages name an alignment."""
+    return f"model.alignments ({config.student} <- {config.teacher})"
+
+
+def select(layers: list[Layer], keep: Tensor) -> list[Layer]:
+    """Return the hidden states of the images that `keep`, bool `[B]`, says."""
+    return [(prefix[keep], patches[keep]) for prefix, patches in layers]
+
+
 def check_alignment(config: AlignmentConfig, student: Encoder, teacher: Encoder, loss: Loss) -> None:
     """Refuse what cannot work, before any weight is loaded.
 
     Raises:
         ConfigError: naming the key of `model.alignments` and the way out.
     """
-    where = f"model.alignments ({config.student} <- {config.teacher})"
+    name = where(config)
     shallower = min(student.depth, teacher.depth)
     if not 1 <= config.num_layers <= shallower:
-        raise ConfigError(f"{where}: num_layers {config.num_layers} must be from 1 to {shallower}, the smaller depth.")
+        raise ConfigError(f"{name}: num_layers {config.num_layers} must be from 1 to {shallower}, the smaller depth.")
     if not 0 <= config.prefix_weight <= 1:
-        raise ConfigError(f"{where}: prefix_weight {config.prefix_weight} must be from 0 to 1.")
+        raise ConfigError(f"{name}: prefix_weight {config.prefix_weight} must be from 0 to 1.")
     if config.chunk_tokens < 0:
-        raise ConfigError(f"{where}: chunk_tokens {config.chunk_tokens} must be 0, for all at once, or more.")
+        raise ConfigError(f"{name}: chunk_tokens {config.chunk_tokens} must be 0, for all at once, or more.")
     weights = config.layer_weights
     if weights is not None and (len(weights) != config.num_layers or min(weights) < 0 or sum(weights) <= 0):
         raise ConfigError(
-            f"{where}: layer_weights {weights} must be {config.num_layers} numbers, none negative and not all zero."
+            f"{name}: layer_weights {weights} must be {config.num_layers} numbers, none negative and not all zero."
         )
     student_dims, teacher_dims = student.layer_dims[-config.num_layers :], teacher.layer_dims[-config.num_layers :]
-    has_own_width = config.standardise != "procrustes" and student_dims != teacher_dims
-    if config.head == "none" and loss.needs_head and has_own_width:
+    widths_differ = config.standardise != "procrustes" and student_dims != teacher_dims
+    if config.head == "none" and loss.needs_head and widths_differ:
         raise ConfigError(
-            f"{where}: head none needs equal widths, but the student has {student_dims} and the teacher "
+            f"{name}: head none needs equal widths, but the student has {student_dims} and the teacher "
             f"{teacher_dims}; use head layer_norm_linear, standardise procrustes, or the loss distill.losses.TokenGram."
         )
+    if config.head != "none" and config.standardise == "procrustes":
+        raise ConfigError(f"{name}: standardise procrustes gives targets of the student's width; use head none.")
     if config.head != "none" and not loss.needs_head:
-        raise ConfigError(f"{where}: the loss {type(loss).__name__} compares tokens without a head; use head none.")
+        raise ConfigError(f"{name}: the loss {type(loss).__name__} compares tokens without a head; use head none.")
 
 
 def describe(config: AlignmentConfig) -> dict[str, Any]:
@@ -215,4 +281,5 @@ def describe(config: AlignmentConfig) -> dict[str, Any]:
         "loss": type(config.loss or NegativeCosine()).__name__,
         "standardise": config.standardise,
         "prefix_weight": config.prefix_weight,
+        "domains": config.domains or "all",
     }

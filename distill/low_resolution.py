@@ -24,7 +24,8 @@ class LowResolution:
     Args:
         img_size_px: side of the small images, a multiple of every student's patch size and below `data.img_size_px`.
         fraction: part of the optimiser steps that are taken on them, between 0 and 1. The steps after it adapt the
-            student to whole images.
+            student to whole images. It is taken of the steps that the run at hand plans: a run that is extended counts
+            anew. Validation always shows whole images.
 
     Raises:
         ConfigError: a number is out of range.
@@ -62,7 +63,7 @@ class LowResolution:
                 )
 
     def shrink(self, images: Tensor) -> Tensor:
-        """Return small copies of images `[B, 3, H, W]`, uint8 or in [0, 1]: in [0, 1], filtered against aliases."""
+        """Return small copies of images `[B, 3, H, W]`, uint8 or in [0, 1]: `[B, 3, S, S]`, floating, in [0, 1]."""
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         side = (self.img_size_px, self.img_size_px)
         return F.interpolate(pixels, size=side, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)

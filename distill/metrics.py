@@ -21,7 +21,7 @@ class DomainCosine(Metric):
 
     Args:
         domains: names, in the order of the batches' domain ids.
-        dim: D, the teacher's width at this layer.
+        dim: D, the width of the targets at this layer.
     """
 
     full_state_update = False

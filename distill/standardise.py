@@ -29,8 +29,10 @@ class Standardiser(nn.Module):
             by a Hadamard matrix, which not every width has (3200 has none at hand); here Givens rotations give the
             same equal variances for any width. "procrustes" gives targets of the student's width, for `head: none`:
             centred, turned to as many principal directions as the student has channels, rotated to where the
-            untrained student's own tokens are nearest (orthogonal Procrustes), and divided by one scalar. Angles stay,
-            up to what the left-out directions held, and the student does not begin by learning a change of axes.
+            untrained student's own tokens, centred too, are nearest (orthogonal Procrustes), and divided by one scalar,
+            so that the kept directions have a mean variance of 1. Angles stay, up to what the left-out directions held,
+            and the student does not begin by learning a change of axes. A teacher narrower than the student leaves the
+            other directions 0.
         dim: D.
         student_dim: S, for "procrustes".
     """
@@ -148,7 +150,7 @@ class FeatureStatistics:
         mean = self._sum / self.count
         covariance = self._outer / self.count - torch.outer(mean, mean)
         if not bool(torch.isfinite(covariance).all()):
-            raise ValueError("The teacher's features are not finite: its weights or its dtype are unfit.")
+            raise ValueError("Features are not finite: the weights or the dtype of an encoder are unfit.")
         return mean, covariance
 
 

@@ -47,8 +47,11 @@ def calibrate_alignments(
             name, count = alignment.config.teacher, alignment.config.num_layers
             targets = targets_of(batch, {name: count})[name][-count:]
             keep = finite_samples(targets)  # one NaN would stay in the statistics for ever
-            student = alignment.config.student
-            own = own_of(batch, {student: count})[student] if alignment.reads_student else None
+            keep &= alignment.counts(batch["domain"].to(keep.device))
+            student, own = alignment.config.student, None
+            if alignment.reads_student:
+                own = own_of(batch, {student: count})[student][-count:]
+                keep &= finite_samples(own)
             alignment.observe(layers, own, targets, keep)
     for alignment, layers in zip(wanting, statistics, strict=True):
         alignment.calibrate([sum_over_ranks(trainer, device, layer) for layer in layers])

@@ -138,7 +138,8 @@ class DistillationTask(FusedClipping):
 
         Raises:
             ConfigError: teacher states are to be remembered although the training views change, those in
-                `teacher_states` are of something else, or a student cannot take the size of `low_resolution`.
+                `teacher_states` are of something else, a student cannot take the size of `low_resolution`, or an
+                alignment names a domain that the data do not have.
             DataError: the folder `teacher_states` is damaged or not filled.
         """
         data = cast(Any, self.trainer).datamodule
@@ -152,6 +153,8 @@ class DistillationTask(FusedClipping):
         if stage == "fit" and self.low_resolution is not None:
             self.low_resolution.check(data.img_size_px, cast(dict[str, Encoder], dict(self.students.items())))
         domains = data.domains
+        for module in self.alignments:
+            cast(Alignment, module).use_domains(domains)
         self._metrics = [
             MetricCollection(
                 {name: DomainCosine(domains, dim) for name, dim in zip(a.layer_names, a.target_dims, strict=True)},
@@ -205,14 +208,19 @@ class DistillationTask(FusedClipping):
         if self.low_resolution is not None and split == "train" and self.global_step < self.low_resolution_steps:
             images = self.low_resolution.shrink(images)
         self.teacher_is_finite = {name: finite_samples(layers) for name, layers in targets.items()}
+        return targets, self._own_states(images)
+
+    def _own_states(self, images: Tensor) -> dict[str, list[Layer]]:
         try:
-            own = {
+            return {
                 name: cast(Encoder, self.students[name]).forward_hidden_states(images, count)
                 for name, count in self.layers_of("student").items()
             }
         except ValueError as error:  # how an encoder refuses images of a size it cannot take
-            raise ConfigError(f"The students cannot take these images (data.img_size_px). {error}") from error
-        return targets, own
+            size = f"{images.shape[-2]} x {images.shape[-1]} px"
+            raise ConfigError(
+                f"The students cannot take images of {size} (data.img_size_px, model.low_resolution). {error}"
+            ) from error
 
     def _targets(self, batch: Batch, split: Literal["train", "val"]) -> dict[str, list[Layer]]:
         if self.stored is not None:
@@ -231,7 +239,7 @@ class DistillationTask(FusedClipping):
         for module in self.alignments:
             alignment = cast(Alignment, module)
             config = alignment.config
-            result = alignment(own[config.student], targets[config.teacher])
+            result = alignment(own[config.student], targets[config.teacher], batch.get("domain"))
             parts.append(config.weight * result.pop("loss"))
             values |= {self._named(key, alignment): value for key, value in result.items()}
         return {"loss/total": torch.stack(parts).sum(), **values}
@@ -251,6 +259,7 @@ class DistillationTask(FusedClipping):
             # One such image would make its domain's values NaN; it is left out and counted.
             keep = self.teacher_is_finite[config.teacher] & finite_samples(own[config.student])
             self._non_finite_val_samples += int((~keep).sum())
+            keep &= alignment.counts(batch["domain"])
             layers = alignment.tokens(own[config.student], targets[config.teacher])
             for name, (student, teacher) in zip(alignment.layer_names, layers, strict=True):
                 cast(DomainCosine, collection[name]).update(student[keep], teacher[keep], batch["domain"][keep])
@@ -305,15 +314,12 @@ class DistillationTask(FusedClipping):
         return self.teachers.forward_hidden_states(batch["images"].to(self.device), layers)
 
     def _untrained_states(self, batch: Batch, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
-        images, found = batch["images"].to(self.device), dict[str, list[Layer]]()
-        for name, count in layers.items():
-            student = self.students[name]
-            modes = [(module, module.training) for module in student.modules()]
-            student.eval()  # batch norms keep the statistics of their weights
-            found[name] = cast(Encoder, student).forward_hidden_states(images, count)
-            for module, mode in modes:
-                module.training = mode
-        return found
+        modes = [(module, module.training) for module in self.students.modules()]
+        self.students.eval()  # batch norms keep the statistics of their weights
+        states = self._own_states(batch["images"].to(self.device))
+        for module, mode in modes:
+            module.training = mode
+        return {name: states[name] for name in layers}
 
     def _named(self, key: str, alignment: Alignment) -> str:
         """Put student and teacher into a metric's path where the run has several alignments."""

@@ -33,7 +33,8 @@ if [ "${LIGHTLY:-yes}" = yes ]; then
 fi
 
 python scripts/evidence/study.py "$setting" --assets "$assets" --work "$work" "${lightly[@]}"
-best=$work/$setting/ours-seed0
+best=$work/$setting/lite2_long-seed0
+[ -d "$best" ] || best=$work/$setting/ours-seed0
 # The report shows one probe of a run: that of the first data set.
 cp "$best/judge/trashnet.json" "$best/probe.json"
 cp "$best/judge/trashnet.per_image.safetensors" "$best/"

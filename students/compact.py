@@ -111,6 +111,7 @@ class TimmStudent(TimmEncoder):
         self._frozen = tuple(frozen or ())
         for path in self._frozen:
             _named_module(self.model, path, model_name).requires_grad_(False)
+        self.train()  # Lightning keeps the modes that it finds
         _fill_constant_buffers(self.model, model_name, args)
 
     @property

@@ -20,11 +20,11 @@ class Throughput(Callback):
     """Logs `throughput/images_per_s` over all devices, and `throughput/tflops` and `throughput/mfu` of one.
 
     They are means over the steps between two logged ones, data loading included and validation left out. Operations are
-    counted, as `distill plan` counts them, while the first batch of each epoch runs: a teacher whose states are
-    remembered or cached does not count, and a resolution that changes within an epoch counts from the next. What
-    gradient checkpointing does a second time does not count either. MFU is the share of the device's peak by its data
-    sheet, or, on a CPU and on devices that are not in `distill.accelerators`, of what a matrix product was measured to
-    reach when training began.
+    counted, as `distill plan` counts them, while the first batch of each epoch runs, and the first one after
+    `model.low_resolution`: a teacher whose states are remembered or cached does not count. What gradient checkpointing
+    does a second time does not count either. MFU is the share of the device's peak by its data sheet, or, on a CPU and
+    on devices that are not in `distill.accelerators`, of what a matrix product was measured to reach when training
+    began.
 
     Args:
         every_n_steps: training batches between two measurements.
@@ -61,7 +61,8 @@ class Throughput(Callback):
         """Start the clock, unless it still runs from the batch before (its data loading counts)."""
         if not self._started:
             self._started = time.perf_counter()
-        is_due = batch_idx == 0 or self._counted_tflop is None  # a resumed epoch does not begin at 0
+        is_larger = 0 < getattr(pl_module, "low_resolution_steps", 0) == trainer.global_step
+        is_due = batch_idx == 0 or is_larger or self._counted_tflop is None  # a resumed epoch does not begin at 0
         if is_due and self.tflop_per_image is None and trainer.is_global_zero:
             self._begin_counting(pl_module)
 

@@ -24,6 +24,8 @@ Key = tuple[str, str]
 
 RECEIPTS: Key = ("receipts", "cer")
 INITIAL, RANDOM = "initialisation", "initialisation, random"
+KEPT = ("initial", "teacher")
+"""The initialisation as a teacher, which the initial student says already."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,16 @@ def _judged(run: Path, variant: str) -> Iterator[tuple[str, str, Key, Parts]]:
     for file in sorted((run / "judge").glob("*.json")):
         if file.stem == RECEIPTS[0]:
             for encoder, entry in json.loads(file.read_text("utf-8")).items():
+                if (encoder, entry["role"]) == KEPT:
+                    continue
                 name, kind = _arm_of(encoder, entry["role"], variant, is_random=is_random)
                 yield name, kind, RECEIPTS, _receipt_parts(entry)
             continue
         found = read_probe(file)
         roles = {encoder.name: encoder.role for encoder in found.encoders}
         for encoder, metric, parts in _probe_parts(found):
+            if (encoder, roles[encoder]) == KEPT:
+                continue
             name, kind = _arm_of(encoder, roles[encoder], variant, is_random=is_random)
             yield name, kind, (file.stem, metric), parts
 

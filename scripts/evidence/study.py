@@ -103,16 +103,19 @@ class Driver:
         for seed in self.study.seeds:
             for variant in self.study.variants:
                 if variant.tool == "distill" or self.lightly_python is not None:
-                    states = self.states_of(variant)
+                    states = self.states_of(variant, seed)
                     if states is not None and states not in known:
                         known.add(states)
-                        steps.append(self._cache_step(variant, states))
+                        steps.append(self._cache_step(variant, seed, states))
                     steps += [self._train_step(variant, seed), self._judge_step(variant, seed)]
         return steps
 
-    def states_of(self, variant: Variant) -> Path | None:
-        """Return the folder of a variant's teacher states."""
-        return self.work / "states" / f"{variant.states}-{self.study.img_size_px}" if variant.states else None
+    def states_of(self, variant: Variant, seed: int) -> Path | None:
+        """Return the folder of a variant's teacher states; random views depend on the seed."""
+        if not variant.states:
+            return None
+        name = f"{variant.states}-{self.study.img_size_px}"
+        return self.work / "states" / (name if variant.views == 1 else f"{name}-seed{seed}")
 
     def run_of(self, variant: Variant, seed: int) -> Path:
         """Return the folder of a variant's run."""
@@ -123,7 +126,7 @@ class Driver:
         recipe = {**variant.recipe, "seed_everything": seed}
         recipe["trainer"] = {**recipe["trainer"], "default_root_dir": str(run)}
         recipe["data"] = {**recipe["data"], "seed": seed, "img_size_px": self.study.img_size_px}
-        states = self.states_of(variant)
+        states = self.states_of(variant, seed)
         if states is not None:
             recipe["model"] = {**recipe["model"], "teacher_states": str(states)}
         file = run / "recipe.yaml"
@@ -134,15 +137,16 @@ class Driver:
     def _plain(self, words: list[str], name: str) -> tuple[float, float]:
         return run_logged(words, self.work / "logs" / f"{name}.log", self._environment())
 
-    def _cache_step(self, variant: Variant, states: Path) -> Step:
+    def _cache_step(self, variant: Variant, seed: int, states: Path) -> Step:
         done = states / "complete.json"
 
         def fill() -> None:
             states.mkdir(parents=True, exist_ok=True)
             # The recipe with the teachers themselves.
-            recipe = self.recipe_of(replace(variant, states=""), 0, self.work / "logs" / states.name)
-            words = [sys.executable, "-m", "distill", "cache", str(recipe)]
-            cpu_s, wall_s = self._plain([*words, "--out", str(states), "--compression", "fp16"], states.name)
+            recipe = self.recipe_of(replace(variant, states=""), seed, self.work / "logs" / states.name)
+            words = [sys.executable, "-m", "distill", "cache", str(recipe), "--out", str(states)]
+            words += ["--compression", "fp16", "--views", str(variant.views)]
+            cpu_s, wall_s = self._plain(words, states.name)
             done.write_text(json.dumps({"cpu_s": cpu_s, "wall_s": wall_s}), encoding="utf-8")
 
         return Step(f"teacher states: {states.name}", done.is_file, fill)

@@ -27,6 +27,7 @@ class Variant:
         recipe: of `distill fit`; for another tool the one whose student, teacher and images it is given.
         states: name of the folder with the teachers' states, shared by variants that need the same; empty runs the
             teachers in training.
+        views: how many random views of each training image are stored, where the recipe augments.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Variant:
     tool: Tool
     recipe: dict[str, Any]
     states: str
+    views: int = 1
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ def _variant(
 ) -> Variant:
     base = yaml.safe_load((folder / entry["base"]).read_text("utf-8"))
     recipe = _placed(with_changes(base, {**shared, **entry.get("changes", {})}), places)
-    return Variant(name, entry["title"], entry.get("tool", "distill"), recipe, entry.get("states", ""))
+    return Variant(
+        name, entry["title"], entry.get("tool", "distill"), recipe, entry.get("states", ""), entry.get("views", 1)
+    )
 
 
 def _placed(value: Any, places: Mapping[str, str]) -> Any:

@@ -118,7 +118,7 @@ def test_the_assets_student_and_teachers_load_as_the_recipes_name_them() -> None
     import variants
 
     study = variants.read_study(ROOT / "configs" / "evidence" / "study.yaml", "full", ASSETS, ASSETS)
-    recipe = next(variant.recipe["model"] for variant in study.variants if variant.name == "ours_both")
+    recipe = next(variant.recipe["model"] for variant in study.variants if variant.name == "both_teachers")
     teachers = recipe["teachers"]
     grids = {}
     for name, spec in {**recipe["students"], **teachers}.items():

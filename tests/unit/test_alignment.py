@@ -119,6 +119,7 @@ def test_targets_of_the_students_width_need_no_head_whatever_the_teachers_width_
         ({"layer_weights": [0.0, 0.0]}, r"not all zero"),
         ({"head": "none"}, r"head none needs equal widths"),
         ({"loss": TokenGram()}, r"use head none"),
+        ({"standardise": "procrustes"}, r"procrustes gives targets of the student's width; use head none"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(make_encoder, changes, message) -> None:

@@ -136,7 +136,7 @@ def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["pooled_mse", "ours_both"])
+@pytest.mark.parametrize("name", ["ours", "lite2_long", "pooled_mse", "resnet50_alone", "both_teachers"])
 def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     from distill.cli import main
 

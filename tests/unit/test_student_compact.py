@@ -255,7 +255,6 @@ def test_frozen_modules_keep_weights_and_batch_statistics_while_the_rest_trains(
     student = TimmStudent("test_resnet", weights="random", img_size=64, frozen=["conv1", "bn1", "layer1"])
     student.load_weights()
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
-    student.train().train()
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     student.forward_hidden_states(images, 1)[0][1].square().mean().backward()
@@ -266,7 +265,9 @@ def test_frozen_modules_keep_weights_and_batch_statistics_while_the_rest_trains(
     assert changed == {"layer2", "layer3", "layer4"}
     assert student.model.layer2.training
     assert not any(module.training for module in student.model.layer1.modules())
-    assert not any(module.training for module in student.eval().modules())
+    student.eval().train()
+    assert student.model.layer2.training
+    assert not any(module.training for module in student.model.layer1.modules())
 
 
 def test_a_frozen_module_that_is_not_there_is_refused_with_those_that_are() -> None:
