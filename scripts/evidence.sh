@@ -2,6 +2,7 @@
 # The evidence study: real weights, real images, against LightlyTrain at equal images seen. See docs/results.md.
 #   bash scripts/evidence.sh          the main comparison, small
 #   bash scripts/evidence.sh full     the whole study: hours
+#   bash scripts/evidence.sh ablation each choice of the recipe changed by itself: hours
 # Images and weights: ../shared/assets, or the folder in ASSETS; results: runs/evidence, or the folder in WORK. Stopped by
 # whatever, the same command goes on. LIGHTLY=no leaves LightlyTrain out; LIGHTLY_VENV names an environment that has it.
 set -euo pipefail
@@ -35,6 +36,10 @@ fi
 python scripts/evidence/study.py "$setting" --assets "$assets" --work "$work" "${lightly[@]}"
 best=$work/$setting/lite2_long-seed0
 [ -d "$best" ] || best=$work/$setting/ours-seed0
+if [ ! -d "$best" ]; then
+    echo "Tables: $work/$setting/results.md"
+    exit
+fi
 # The report shows one probe of a run: that of the first data set.
 cp "$best/judge/trashnet.json" "$best/probe.json"
 cp "$best/judge/trashnet.per_image.safetensors" "$best/"

@@ -26,7 +26,7 @@ SCOPES = {
     "all data sets": DATASETS,
 }
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear probe", "attentive_top1": "attentive probe"}
-RIVALS = ("lightly_train", "pooled_mse")
+RIVALS = ("lightly_train", "pooled_mse", "lite2_alone")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

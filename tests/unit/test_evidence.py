@@ -136,12 +136,13 @@ def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["ours", "lite2_long", "pooled_mse", "resnet50_alone", "both_teachers"])
+@pytest.mark.parametrize("name", ["ours", "pooled_mse", "resnet50_alone", "both_teachers", "token_gram"])
 def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     from distill.cli import main
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    setting = "ablation" if name == "token_gram" else "full"
+    read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path, tmp_path)
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(next(variant.recipe for variant in read.variants if variant.name == name)))
     with pytest.raises(SystemExit) as stop:
@@ -150,10 +151,13 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
     assert "student tinyvit" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("setting", ["quick", "full"])
-def test_both_settings_read_and_put_real_folders_in(setting: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "first"),
+    [("quick", ["ours", "lightly_train"]), ("full", ["ours", "lightly_train"]), ("ablation", ["lite2_alone", "k_2"])],
+)
+def test_every_setting_reads_and_puts_real_folders_in(setting: str, first: list[str], tmp_path: Path) -> None:
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path / "assets", tmp_path / "work")
-    assert [variant.name for variant in read.variants][:2] == ["ours", "lightly_train"]
+    assert [variant.name for variant in read.variants][:2] == first
     for variant in read.variants:
         assert variant.recipe["data"]["train"] == str(tmp_path / "work" / "data" / "train")
         assert "../shared" not in yaml.safe_dump(variant.recipe)
