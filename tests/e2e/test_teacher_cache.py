@@ -307,7 +307,7 @@ def test_a_cache_killed_half_way_goes_on_to_the_same_bytes(demo_recipe, cache: P
 def test_ray_actors_killed_half_way_go_on_to_the_same_bytes(demo_recipe, cache: Path, tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed (extra [ray])")
     out = tmp_path / "ray"
-    killed_half_way(demo_recipe, out, "--engine=ray", "--num_actors=2")
+    killed_half_way(demo_recipe, out, "--engine=ray", "--num_actors=1")
     assert 1 <= len(list(out.glob("*/*.json"))) <= 8
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
