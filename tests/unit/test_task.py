@@ -367,6 +367,22 @@ def test_students_see_small_images_first_and_teachers_whole_ones(make_encoder, t
     assert trainer.global_step == 3
 
 
+def test_a_resumed_run_goes_on_at_the_resolution_that_is_due(make_encoder, tmp_path: Path) -> None:
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(tmp_path / "three.ckpt")
+
+    settings = {"num_sanity_val_steps": 0, "limit_val_batches": 0}
+    fit(task(make_encoder, low_resolution=LowResolution(16, 0.5)), tmp_path, callbacks=[Keep()], settings=settings)
+    module = task(make_encoder, low_resolution=LowResolution(16, 0.5))
+    seen: list[int] = []
+    forward = module.students["small"].forward_hidden_states
+    module.students["small"].forward_hidden_states = lambda x, n: (seen.append(x.shape[-1]), forward(x, n))[1]
+    fit(module, tmp_path / "resumed", settings=settings, ckpt_path=tmp_path / "three.ckpt")
+    assert seen == [16] + [32] * 4
+
+
 def test_a_small_image_is_an_average_of_the_whole_one() -> None:
     images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     images[..., ::4] = 255  # between the columns that a filter without antialiasing reads
