@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 StandardiseMode = Literal["none", "mean_std", "phi_s", "procrustes"]
 
+ROTATING = ("phi_s", "procrustes")
+
 VARIANCE_FLOOR = 1e-6
 """Least variance of a channel, relative to the mean variance; dead channels would otherwise be blown up to noise."""
 
@@ -53,10 +55,8 @@ class Standardiser(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(self.out_dim))
         self.register_buffer("is_calibrated", torch.tensor(False))
-        if mode == "procrustes":
+        if mode in ROTATING:
             self.register_buffer("rotation", torch.eye(self.out_dim, dim))
-        if mode == "phi_s":
-            self.register_buffer("rotation", torch.eye(dim))
 
     @property
     def needs_calibration(self) -> bool:
@@ -79,15 +79,13 @@ class Standardiser(nn.Module):
             variance = covariance.diagonal()
             floor = VARIANCE_FLOOR * variance.mean()
             self.scale.copy_(variance.clamp_min(floor).rsqrt())
-        elif self.mode == "procrustes":
-            rotation, variance = nearest_directions(covariance, self.dim)
+        else:
+            if self.mode == "procrustes":
+                rotation, variance = nearest_directions(covariance, self.dim)
+            else:
+                rotation, variance = equal_variances(covariance)
             self.rotation.copy_(rotation)
             self.scale.fill_(float(variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()))
-        else:
-            eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
-            eigenvalues = eigenvalues.clamp_min(0)
-            self.rotation.copy_(equalising_rotation(eigenvalues) @ eigenvectors.T)
-            self.scale.fill_(float(eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny).rsqrt()))
         self.mean.copy_(mean[: self.dim])
         self.is_calibrated.fill_(True)
 
@@ -105,7 +103,7 @@ class Standardiser(nn.Module):
             )
         with torch.autocast(tokens.device.type, enabled=False):
             centred = tokens.float() - self.mean
-            if self.mode in ("phi_s", "procrustes"):
+            if self.mode in ROTATING:
                 centred = centred @ self.rotation.T
             return centred * self.scale
 
@@ -173,6 +171,17 @@ def nearest_directions(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     directions = eigenvectors[:, -kept:]
     left, _, right = torch.linalg.svd(directions.T @ covariance[:dim, dim:], full_matrices=False)
     return (directions @ left @ right).T, eigenvalues[-kept:].mean()
+
+
+def equal_variances(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a rotation `[D, D]` after which every channel has the same variance, and that variance, a scalar.
+
+    Args:
+        covariance: `[D, D]`.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    eigenvalues = eigenvalues.clamp_min(0)
+    return equalising_rotation(eigenvalues) @ eigenvectors.T, eigenvalues.mean()
 
 
 def equalising_rotation(eigenvalues: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from distill.encoder import Layer
 from distill.finite import finite_samples
 from distill.standardise import FeatureStatistics
 
-States = Callable[[dict[str, Any], Mapping[str, int]], Mapping[str, list[Layer]]]
-"""Gives the last hidden states of a batch, as many of each encoder as are asked for, or more."""
+States = Mapping[str, list[Layer]]
+"""The last hidden states of a batch by encoder."""
 
 
 def calibrate_alignments(
@@ -24,8 +24,8 @@ def calibrate_alignments(
     device: torch.device,
     alignments: Iterable[nn.Module],
     num_batches: int,
-    targets_of: States,
-    own_of: States,
+    targets_of: Callable[[dict[str, Any], Mapping[str, int]], States],
+    own_of: Callable[[dict[str, Any]], States],
 ) -> None:
     """Take the statistics over the first training batches; does nothing when none are wanted.
 
@@ -34,7 +34,7 @@ def calibrate_alignments(
         device: where sums over ranks are made.
         alignments: of the task.
         num_batches: of training.
-        targets_of: the teachers' hidden states.
+        targets_of: the teachers' hidden states of a batch, as many of each teacher as are asked for, or more.
         own_of: the untrained students'.
     """
     everyone = [cast(Alignment, module) for module in alignments]
@@ -42,15 +42,21 @@ def calibrate_alignments(
     if not wanting:
         return
     statistics = [alignment.new_statistics() for alignment in wanting]
+    reads_student = any(alignment.reads_student for alignment in wanting)
+    needed: dict[str, int] = {}
+    for alignment in wanting:
+        teacher, count = alignment.config.teacher, alignment.config.num_layers
+        needed[teacher] = max(count, needed.get(teacher, 0))
     for batch in cast(Any, trainer).datamodule.calibration_batches(num_batches):
+        all_targets, all_own = targets_of(batch, needed), own_of(batch) if reads_student else {}
         for alignment, layers in zip(wanting, statistics, strict=True):
-            name, count = alignment.config.teacher, alignment.config.num_layers
-            targets = targets_of(batch, {name: count})[name][-count:]
+            count = alignment.config.num_layers
+            targets = all_targets[alignment.config.teacher][-count:]
             keep = finite_samples(targets)  # one NaN would stay in the statistics for ever
             keep &= alignment.counts(batch["domain"].to(keep.device))
-            student, own = alignment.config.student, None
+            own = None
             if alignment.reads_student:
-                own = own_of(batch, {student: count})[student][-count:]
+                own = all_own[alignment.config.student][-count:]
                 keep &= finite_samples(own)
             alignment.observe(layers, own, targets, keep)
     for alignment, layers in zip(wanting, statistics, strict=True):

@@ -313,13 +313,13 @@ class DistillationTask(FusedClipping):
             return self.stored.states(batch[STATES_KEY].to(self.device))
         return self.teachers.forward_hidden_states(batch["images"].to(self.device), layers)
 
-    def _untrained_states(self, batch: Batch, layers: Mapping[str, int]) -> dict[str, list[Layer]]:
+    def _untrained_states(self, batch: Batch) -> dict[str, list[Layer]]:
         modes = [(module, module.training) for module in self.students.modules()]
         self.students.eval()  # batch norms keep the statistics of their weights
         states = self._own_states(batch["images"].to(self.device))
         for module, mode in modes:
             module.training = mode
-        return {name: states[name] for name in layers}
+        return states
 
     def _named(self, key: str, alignment: Alignment) -> str:
         """Put student and teacher into a metric's path where the run has several alignments."""

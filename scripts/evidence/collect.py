@@ -81,7 +81,10 @@ def collect(folder: Path) -> dict[str, Arm]:
     for run in sorted(folder.glob("*-seed*")):
         variant, _, number = run.name.rpartition("-seed")
         cost = run / "cost.json"
-        for name, kind, key, parts in _judged(run, variant):
+        for encoder, role, key, parts in _judged(run):
+            if (encoder, role) == KEPT:
+                continue
+            name, kind = _arm_of(encoder, role, variant)
             arm = arms.setdefault(name, Arm(name, kind))
             arm.figures.setdefault(key, {})[int(number) if kind == "variant" else 0] = parts
             if kind == "variant" and cost.is_file():
@@ -92,28 +95,22 @@ def collect(folder: Path) -> dict[str, Arm]:
     return dict(sorted(arms.items(), key=lambda item: order.index(item[1].kind)))
 
 
-def _judged(run: Path, variant: str) -> Iterator[tuple[str, str, Key, Parts]]:
-    is_random = "random" in variant
+def _judged(run: Path) -> Iterator[tuple[str, str, Key, Parts]]:
+    """Yield each figure of a run with the encoder's name and role."""
     for file in sorted((run / "judge").glob("*.json")):
         if file.stem == RECEIPTS[0]:
             for encoder, entry in json.loads(file.read_text("utf-8")).items():
-                if (encoder, entry["role"]) == KEPT:
-                    continue
-                name, kind = _arm_of(encoder, entry["role"], variant, is_random=is_random)
-                yield name, kind, RECEIPTS, _receipt_parts(entry)
+                yield encoder, entry["role"], RECEIPTS, _receipt_parts(entry)
             continue
         found = read_probe(file)
         roles = {encoder.name: encoder.role for encoder in found.encoders}
         for encoder, metric, parts in _probe_parts(found):
-            if (encoder, roles[encoder]) == KEPT:
-                continue
-            name, kind = _arm_of(encoder, roles[encoder], variant, is_random=is_random)
-            yield name, kind, (file.stem, metric), parts
+            yield encoder, roles[encoder], (file.stem, metric), parts
 
 
-def _arm_of(encoder: str, role: str, variant: str, *, is_random: bool) -> tuple[str, str]:
+def _arm_of(encoder: str, role: str, variant: str) -> tuple[str, str]:
     if role == "initial":
-        return (RANDOM if is_random else INITIAL), "initial"
+        return (RANDOM if "random" in variant else INITIAL), "initial"
     if role == "teacher":
         return f"teacher {encoder}", "teacher"
     return variant, "variant"

@@ -4,8 +4,8 @@
     python scripts/evidence/study.py full --lightly_python runs/evidence/lightly/bin/python
 
 Each step leaves a file when it is finished, and a finished step is not repeated: after whatever stopped the study, the
-same command goes on. Training itself goes on from its last checkpoint. Each training's CPU time (user and system, of
-the process and its children) and wall time are kept in `cost.json` beside it.
+same command goes on. Training itself goes on from its last checkpoint; a run whose recipe has changed is refused. Each
+training's CPU time (user and system, of the process and its children) and wall time are kept in `cost.json` beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from variants import Study, Variant, read_study
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+RECIPE = "recipe.yaml"
 TAIL_LINES = 15
 
 
@@ -94,7 +95,11 @@ class Driver:
         self.data, self.runs = work / "data", work / study.name
 
     def steps(self) -> list[Step]:
-        """Return all steps, in order."""
+        """Return all steps, in order.
+
+        Raises:
+            StepError: a run is there that another recipe made.
+        """
         python = sys.executable
         splits = self.data / "splits.json"
         prepare = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
@@ -103,6 +108,7 @@ class Driver:
         for seed in self.study.seeds:
             for variant in self.study.variants:
                 if variant.tool == "distill" or self.lightly_python is not None:
+                    self.check_recipe(variant, seed)
                     states = self.states_of(variant, seed)
                     if states is not None and states not in known:
                         known.add(states)
@@ -121,18 +127,35 @@ class Driver:
         """Return the folder of a variant's run."""
         return self.runs / f"{variant.name}-seed{seed}"
 
-    def recipe_of(self, variant: Variant, seed: int, run: Path) -> Path:
-        """Write the recipe of a run; return its file."""
+    def recipe_of(self, variant: Variant, seed: int, run: Path) -> str:
+        """Return the recipe of a run, as YAML."""
         recipe = {**variant.recipe, "seed_everything": seed}
         recipe["trainer"] = {**recipe["trainer"], "default_root_dir": str(run)}
         recipe["data"] = {**recipe["data"], "seed": seed, "img_size_px": self.study.img_size_px}
         states = self.states_of(variant, seed)
         if states is not None:
             recipe["model"] = {**recipe["model"], "teacher_states": str(states)}
-        file = run / "recipe.yaml"
+        return yaml.safe_dump(recipe, sort_keys=False)
+
+    def _written_recipe(self, variant: Variant, seed: int, run: Path) -> Path:
         run.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        file = run / RECIPE
+        file.write_text(self.recipe_of(variant, seed, run), encoding="utf-8")
         return file
+
+    def check_recipe(self, variant: Variant, seed: int) -> None:
+        """Refuse a run that was made by another recipe than its variant has now.
+
+        Raises:
+            StepError: with the way out.
+        """
+        run = self.run_of(variant, seed)
+        file = run / RECIPE
+        if file.is_file() and file.read_text("utf-8") != self.recipe_of(variant, seed, run):
+            raise StepError(
+                f"{file} is not what {variant.name} has come to mean: the study's files, or the folders they are read "
+                f"from, have changed since. Move {run} away to train it anew, or undo the change."
+            )
 
     def _plain(self, words: list[str], name: str) -> tuple[float, float]:
         return run_logged(words, self.work / "logs" / f"{name}.log", self._environment())
@@ -143,7 +166,7 @@ class Driver:
         def fill() -> None:
             states.mkdir(parents=True, exist_ok=True)
             # The recipe with the teachers themselves.
-            recipe = self.recipe_of(replace(variant, states=""), seed, self.work / "logs" / states.name)
+            recipe = self._written_recipe(replace(variant, states=""), seed, self.work / "logs" / states.name)
             words = [sys.executable, "-m", "distill", "cache", str(recipe), "--out", str(states)]
             words += ["--compression", "fp16", "--views", str(variant.views)]
             cpu_s, wall_s = self._plain(words, states.name)
@@ -157,7 +180,7 @@ class Driver:
 
         def train() -> None:
             is_whole = not log.is_file()  # what an interrupted run had used is not known
-            recipe = self.recipe_of(variant, seed, run)
+            recipe = self._written_recipe(variant, seed, run)
             words = self._training(variant, seed, recipe, run)
             cpu_s, wall_s = run_logged(words, log, self._environment_of(variant))
             images = variant.recipe["data"]["samples_per_epoch"] * variant.recipe["trainer"]["max_epochs"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -235,6 +236,21 @@ def test_a_step_that_is_done_is_not_repeated_and_a_failing_one_shows_its_log(tmp
     words = [sys.executable, "-c", "print('the cause'); raise SystemExit(3)"]
     with pytest.raises(study.StepError, match=r"(?s)status 3.*the cause"):
         study.run_logged(words, tmp_path / "log")
+
+
+def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "quick", tmp_path / "assets", tmp_path / "work")
+    driver = study.Driver(read, tmp_path / "work", tmp_path / "assets", None)
+    ours = read.variants[0]
+    run = driver.run_of(ours, 0)
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(driver.recipe_of(ours, 0, run))
+    assert driver.steps()
+    earlier = {**ours.recipe, "trainer": {**ours.recipe["trainer"], "max_epochs": 7}}
+    (run / "recipe.yaml").write_text(driver.recipe_of(dataclasses.replace(ours, recipe=earlier), 0, run))
+    with pytest.raises(study.StepError, match=r"(?s)ours-seed0.*Move .* away"):
+        driver.steps()
+    assert "max_epochs: 7" in (run / "recipe.yaml").read_text()
 
 
 def test_cpu_time_counts_what_a_step_and_its_children_used(tmp_path: Path) -> None:
