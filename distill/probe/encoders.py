@@ -6,10 +6,10 @@ timm and open_clip directories are opened by classes of the `teachers` package t
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import yaml
 from torch import nn
@@ -18,6 +18,8 @@ from distill.checkpoint import RunDir, build_encoder, load_student, load_teacher
 from distill.errors import ConfigError, WeightsError
 
 Role = Literal["initial", "student", "teacher", "other"]
+
+ROLES: tuple[Role, ...] = get_args(Role)
 
 TIMM_CLASS = "teachers.TimmTeacher"
 OPEN_CLIP_CLASS = "teachers.OpenClipTeacher"
@@ -42,7 +44,9 @@ class NamedEncoder:
     baseline: str | None = None
 
 
-def resolve_encoders(encoder: str, beside: Sequence[str] = ()) -> list[NamedEncoder]:
+def resolve_encoders(
+    encoder: str, beside: Sequence[str] = (), roles: Collection[Role] | None = None
+) -> list[NamedEncoder]:
     """Load the encoder that is judged and everything it is judged beside.
 
     A run brings each student's initialisation, each student and each teacher; an export that names its run, or lies
@@ -52,17 +56,22 @@ def resolve_encoders(encoder: str, beside: Sequence[str] = ()) -> list[NamedEnco
         encoder: a run directory, an export, a timm, open_clip or transformers directory, or a YAML file with
             `class_path` and `init_args`.
         beside: more of these, as plain references; of a run, its students.
+        roles: which of a run's encoders to load; all of them when left out.
 
     Returns:
         At least one encoder, initialisations first, then students, teachers and others.
 
     Raises:
-        ConfigError: a path does not exist or is none of these.
+        ConfigError: a path does not exist or is none of these, or `roles` leaves nothing.
         WeightsError: weights are missing, damaged or do not fit.
     """
-    found = _main(Path(encoder))
+    found = _main(Path(encoder), ROLES if roles is None else roles)
     for path in map(Path, beside):
         found += _run_students(path) if _is_run(path) else [_single(path, "other")]
+    if not found:
+        raise ConfigError(
+            f"--roles {', '.join(roles or ())} leaves no encoder of {encoder}; known: {', '.join(ROLES)}."
+        )
     return _unique(found)
 
 
@@ -70,9 +79,9 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def _main(path: Path) -> list[NamedEncoder]:
+def _main(path: Path, roles: Collection[Role]) -> list[NamedEncoder]:
     if _is_run(path):
-        return _of_run(path, RunDir(path).student_names)
+        return _of_run(path, RunDir(path).student_names, roles)
     run = run_of(path)
     if run is None:
         return [_single(path, "other")]
@@ -80,26 +89,26 @@ def _main(path: Path) -> list[NamedEncoder]:
     manifest = _manifest(path)
     student = str(manifest.get("student", names[0]))
     role: Role = "other" if manifest.get("which") == "initial" else "student"
-    around = _of_run(run, [student] if student in names else names, without_students=True)
+    around = _of_run(run, [student] if student in names else names, set(roles) - {"student"})
     exported = replace(_single(path, role), name=f"{student} ({path.name})", baseline=_initial_name(student))
     initial = [entry for entry in around if entry.role == "initial"]
-    return [*initial, exported, *(entry for entry in around if entry.role == "teacher")]
+    return [*initial, *([exported] if role in roles else []), *(entry for entry in around if entry.role == "teacher")]
 
 
 def _initial_name(student: str) -> str:
     return f"{student} (initial)"
 
 
-def _of_run(run: Path, students: Sequence[str], *, without_students: bool = False) -> list[NamedEncoder]:
+def _of_run(run: Path, students: Sequence[str], roles: Collection[Role]) -> list[NamedEncoder]:
     directory = RunDir(run)
     found: list[NamedEncoder] = []
-    for name in students:
+    for name in students if "initial" in roles else ():
         module = load_student(run, name=name, which="initial")[1]
         found.append(NamedEncoder(_initial_name(name), "initial", str(directory.initial_weights(name)), module))
-    for name in () if without_students else students:
+    for name in students if "student" in roles else ():
         module = load_student(run, name=name)[1]
         found.append(NamedEncoder(name, "student", str(directory.last_checkpoint), module, _initial_name(name)))
-    for name in directory.teacher_names:
+    for name in directory.teacher_names if "teacher" in roles else ():
         spec = directory.spec("teachers", name)[1]
         source = f"{spec['class_path']} {spec.get('init_args', {}).get('weights', '')}".strip()
         label = f"{name} (teacher)" if name in students else name

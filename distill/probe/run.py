@@ -12,7 +12,7 @@ from rich.console import Console
 
 from distill.encoder import Encoder
 from distill.errors import ConfigError
-from distill.probe.encoders import NamedEncoder, comparison_pairs, resolve_encoders
+from distill.probe.encoders import NamedEncoder, Role, comparison_pairs, resolve_encoders
 from distill.probe.extraction import Extraction, Pool, PrecisionChoice, choose_device, choose_dtype
 from distill.probe.feature_cache import FeatureCache
 from distill.probe.ladder import Rung
@@ -32,6 +32,7 @@ def probe(
     data: str,
     out: Path | None = None,
     beside: list[str] | None = None,
+    roles: list[Role] | None = None,
     domains: list[str] | None = None,
     rungs: list[Rung] | None = None,
     layers: str = "-1",
@@ -63,6 +64,7 @@ def probe(
             in clip_benchmark's WebDataset layout; torchvision:NAME:ROOT; or hf:PATH, a Hugging Face data set on disk.
         out: file to write; probe.json in the run directory, or else in the current one, when left out.
         beside: further encoders to compare with, each as for `encoder`.
+        roles: which of a run's encoders to judge, of initial, student and teacher; all when left out.
         domains: domains to use; all when left out.
         rungs: which probes, of linear, knn, fidelity, sgd, attentive, few_shot, calibration, segmentation, ocr, chart
             and robustness; all that the data allows when left out.
@@ -104,8 +106,8 @@ def probe(
         asked = [train] if train is not None else training_data(encoder)
         look = LeakSearch(asked, leaks, train is not None, num_workers, kept)
         rows, check = _rows(probed, domains, look, console)
-        encoders = resolve_encoders(encoder, beside or ())
-        _announce(encoders, console)
+        encoders = resolve_encoders(encoder, beside or (), roles)
+        _announce(encoders, console, as_asked=roles is not None)
         place = choose_device(device)
         how = Extraction(batch_size, place, choose_dtype(precision, place), num_workers, pool, img_size_px, seed)
         judged = judge(encoders, probed, rows, how, Plan(wanted, rungs, kept, pages), console)
@@ -162,11 +164,11 @@ def _rows(
     return np.flatnonzero(mask_from_first(mask)).tolist(), check
 
 
-def _announce(encoders: Sequence[NamedEncoder], console: Console) -> None:
+def _announce(encoders: Sequence[NamedEncoder], console: Console, *, as_asked: bool) -> None:
     for entry in encoders:
         console.print(f"{entry.role:>8}  {entry.name}  ({entry.source})", highlight=False, markup=False)
     absent = [role for role in ("initial", "teacher") if all(entry.role != role for entry in encoders)]
-    if absent:
+    if absent and not as_asked:
         console.print(
             f"No {' and no '.join(absent)} to compare with: {encoders[0].source} names no run. "
             + ("Fidelity is left out. " if "teacher" in absent else "")

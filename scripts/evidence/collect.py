@@ -23,7 +23,7 @@ Key = tuple[str, str]
 """Data set and metric."""
 
 RECEIPTS: Key = ("receipts", "cer")
-INITIAL, RANDOM = "initialisation", "initialisation, random"
+INITIAL = "initialisation"
 KEPT = ("initial", "teacher")
 """The initialisation as a teacher, which the initial student says already."""
 
@@ -97,7 +97,7 @@ def collect(folder: Path) -> dict[str, Arm]:
 
 def _judged(run: Path) -> Iterator[tuple[str, str, Key, Parts]]:
     """Yield each figure of a run with the encoder's name and role."""
-    for file in sorted((run / "judge").glob("*.json")):
+    for file in sorted((run / "judge").rglob("*.json")):
         if file.stem == RECEIPTS[0]:
             for encoder, entry in json.loads(file.read_text("utf-8")).items():
                 yield encoder, entry["role"], RECEIPTS, _receipt_parts(entry)
@@ -108,9 +108,14 @@ def _judged(run: Path) -> Iterator[tuple[str, str, Key, Parts]]:
             yield encoder, roles[encoder], (file.stem, metric), parts
 
 
+def initial_of(variant: str) -> str:
+    """Return the arm that a variant's student began as: variants named "random" have one of their own."""
+    return f"{INITIAL} of {variant}" if "random" in variant else INITIAL
+
+
 def _arm_of(encoder: str, role: str, variant: str) -> tuple[str, str]:
     if role == "initial":
-        return (RANDOM if "random" in variant else INITIAL), "initial"
+        return initial_of(variant), "initial"
     if role == "teacher":
         return f"teacher {encoder}", "teacher"
     return variant, "variant"

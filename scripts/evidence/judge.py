@@ -27,12 +27,12 @@ RECEIPT_PX = 448
 SEED = 0
 
 
-def judge_receipts(encoder: str, lines: Path) -> dict[str, Any]:
+def judge_receipts(encoder: str, lines: Path, roles: list[Any] | None) -> dict[str, Any]:
     """Return each encoder's character errors on held-out receipt crops: edits and characters of every test line."""
     console, pages = Console(), read_text_pages(lines, img_size_px=RECEIPT_PX)
     how = Extraction(batch_size=4, img_size_px=RECEIPT_PX, seed=SEED)
     found: dict[str, Any] = {}
-    for entry in resolve_encoders(encoder):
+    for entry in resolve_encoders(encoder, roles=roles):
         console.print(f"Reading receipts with {entry.name}", markup=False)
         score = next(score for score in ocr_scores(entry.module, how, SEED, console, pages) if score.at is None)
         parts = score.per_image
@@ -56,6 +56,7 @@ def judge(
     rungs: list[Any],
     cache: Path,
     receipts: bool,
+    roles: list[Any] | None,
 ) -> None:
     """Judge an encoder on every data set that has not been judged yet."""
     out.mkdir(parents=True, exist_ok=True)
@@ -63,11 +64,21 @@ def judge(
         target = out / f"{dataset}.json"
         if not target.is_file():
             table = str(data / "probe" / f"{dataset}.csv")
-            probe(encoder, data=table, out=target, rungs=rungs, img_size_px=size, cache=cache, leaks="off", seed=SEED)
+            probe(
+                encoder,
+                data=table,
+                out=target,
+                roles=roles,
+                rungs=rungs,
+                img_size_px=size,
+                cache=cache,
+                leaks="off",
+                seed=SEED,
+            )
     target = out / "receipts.json"
     if receipts and not target.is_file():
         part = target.with_suffix(".part")
-        part.write_text(json.dumps(judge_receipts(encoder, data / "probe" / "lines.jsonl")), encoding="utf-8")
+        part.write_text(json.dumps(judge_receipts(encoder, data / "probe" / "lines.jsonl", roles)), encoding="utf-8")
         part.replace(target)
 
 
@@ -82,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rungs", required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--receipts", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="of a run, its student only")
     asked = parser.parse_args()
     judge(
         asked.encoder,
@@ -92,6 +104,7 @@ def main() -> None:
         rungs=asked.rungs.split(","),
         cache=asked.cache,
         receipts=asked.receipts,
+        roles=["student"] if asked.alone else None,
     )
 
 

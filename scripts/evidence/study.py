@@ -105,6 +105,8 @@ class Driver:
         prepare = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
         steps = [Step("images: splits and shards", splits.is_file, lambda: self._plain(prepare, "prepare"))]
         known: set[Path] = set()
+        company: set[str] = set()
+        closer: list[Step] = []
         for seed in self.study.seeds:
             for variant in self.study.variants:
                 if variant.tool == "distill" or self.lightly_python is not None:
@@ -113,8 +115,9 @@ class Driver:
                     if states is not None and states not in known:
                         known.add(states)
                         steps.append(self._cache_step(variant, seed, states))
-                    steps += [self._train_step(variant, seed), self._judge_step(variant, seed)]
-        return steps
+                    steps += [self._train_step(variant, seed), self._judge_step(variant, seed, company)]
+                    closer += self._closer_steps(variant, seed, company)
+        return steps + closer
 
     def states_of(self, variant: Variant, seed: int) -> Path | None:
         """Return the folder of a variant's teacher states; random views depend on the seed."""
@@ -151,7 +154,9 @@ class Driver:
         """
         run = self.run_of(variant, seed)
         file = run / RECIPE
-        if file.is_file() and file.read_text("utf-8") != self.recipe_of(variant, seed, run):
+        if file.is_file() and yaml.safe_load(file.read_text("utf-8")) != yaml.safe_load(
+            self.recipe_of(variant, seed, run)
+        ):
             raise StepError(
                 f"{file} is not what {variant.name} has come to mean: the study's files, or the folders they are read "
                 f"from, have changed since. Move {run} away to train it anew, or undo the change."
@@ -203,21 +208,61 @@ class Driver:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         return {"PYTHONPATH": path, "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
 
-    def _judge_step(self, variant: Variant, seed: int) -> Step:
+    def _judge_step(self, variant: Variant, seed: int, company: set[str]) -> Step:
+        title, out = f"judge: {variant.title}, seed {seed}", self.run_of(variant, seed) / "judge"
+        alone = not brings_company(variant, "", company)
+        return self._judged(variant, seed, title, out, self.study.rungs, receipts=False, alone=alone)
+
+    def _closer_steps(self, variant: Variant, seed: int, company: set[str]) -> list[Step]:
+        look = self.study.closer_look
+        if variant.name not in look.variants or seed != self.study.seeds[0]:
+            return []
+        title, out = f"look closer: {variant.title}", self.run_of(variant, seed) / "judge" / "closer"
+        alone = not brings_company(variant, "closer", company)
+        return [self._judged(variant, seed, title, out, look.rungs, receipts=look.reads_receipts, alone=alone)]
+
+    def _judged(
+        self,
+        variant: Variant,
+        seed: int,
+        title: str,
+        out: Path,
+        rungs: tuple[str, ...],
+        *,
+        receipts: bool,
+        alone: bool,
+    ) -> Step:
         study, run = self.study, self.run_of(variant, seed)
-        out = run / "judge"
-        files = [out / f"{dataset}.json" for dataset in study.datasets]
-        files += [out / "receipts.json"] if study.reads_receipts else []
+        files = [out / f"{dataset}.json" for dataset in study.datasets] + ([out / "receipts.json"] if receipts else [])
         encoder = run if variant.tool == "distill" else run / "encoder.yaml"
         words = [sys.executable, str(HERE / "judge.py"), str(encoder), "--data", str(self.data), "--out", str(out)]
         words += ["--size", str(study.img_size_px), "--datasets", ",".join(study.datasets)]
-        words += ["--rungs", ",".join(study.rungs), "--cache", str(self.work / "features")]
-        words += ["--receipts"] if study.reads_receipts else []
+        words += ["--rungs", ",".join(rungs), "--cache", str(self.work / "features")]
+        words += ["--receipts"] if receipts else []
+        words += ["--alone"] if alone else []
         return Step(
-            f"judge: {variant.title}, seed {seed}",
+            title,
             lambda: all(file.is_file() for file in files),
             lambda: run_logged(words, run / "judge.log", self._environment()),
         )
+
+
+def brings_company(variant: Variant, look: str, company: set[str]) -> bool:
+    """Return whether a variant is the first to have its initialisation or a teacher judged beside it.
+
+    Args:
+        variant: of the study.
+        look: what the judging is.
+        company: what was judged before; takes the variant's.
+    """
+    if variant.tool != "distill":
+        return False
+    model = variant.recipe["model"]
+    own = {f"{look} {name} {spec}" for name, spec in model["teachers"].items()}
+    own |= {f"{look} {name} {spec['init_args']['weights']}" for name, spec in model["students"].items()}
+    is_first = not own <= company
+    company |= own
+    return is_first
 
 
 def perform(steps: list[Step], console: Console) -> None:

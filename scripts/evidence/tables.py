@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from collect import INITIAL, RANDOM, RECEIPTS, Arm, Key, collect
+from collect import INITIAL, RECEIPTS, Arm, Key, collect, initial_of
 from intervals import difference, gap_closed
 
 DATASETS = ("trashnet", "dtd10", "chart25", "gaokao_mm", "sroie_page")
@@ -26,7 +26,7 @@ SCOPES = {
     "all data sets": DATASETS,
 }
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear probe", "attentive_top1": "attentive probe"}
-RIVALS = ("lightly_train", "pooled_mse", "lite2_alone")
+RIVALS = ("lightly_train", "pooled_mse", "no_crops")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -128,7 +128,7 @@ def write_tables(folder: Path) -> str:
     everyone = list(arms.values())
 
     def initial(arm: Arm) -> Arm | None:
-        return arms.get(RANDOM if "random" in arm.name else INITIAL) if arm.kind == "variant" else None
+        return arms.get(initial_of(arm.name)) if arm.kind == "variant" else None
 
     parts = [
         f"### {title}, top-1 %\n\n{figures_table(everyone, metric)}"

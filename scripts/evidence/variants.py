@@ -39,26 +39,41 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class CloserLook:
+    """Probes that take too long for every run: they judge some variants' first seed.
+
+    Attributes:
+        variants: by name.
+        rungs: probes on the data sets.
+        reads_receipts: whether the OCR probe on receipt crops is run.
+    """
+
+    variants: tuple[str, ...] = ()
+    rungs: tuple[str, ...] = ()
+    reads_receipts: bool = False
+
+
+@dataclass(frozen=True)
 class Study:
     """One setting of the study.
 
     Attributes:
-        name: "quick" or "full".
+        name: "quick", "full" or "ablation".
         img_size_px: side of the images in training and in the probes.
         datasets: that encoders are judged on.
-        rungs: probes that judge.
-        reads_receipts: whether the OCR probe on receipt crops is run.
+        rungs: probes that judge every run.
         seeds: of training; one run a variant and seed.
         variants: in the order they are run.
+        closer_look: further probes, of some.
     """
 
     name: str
     img_size_px: int
     datasets: tuple[str, ...]
     rungs: tuple[str, ...]
-    reads_receipts: bool
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
+    closer_look: CloserLook
 
 
 def with_changes(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +119,10 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
     if name not in content["settings"]:
         raise ValueError(f"{file} has no setting {name!r}; it has {', '.join(content['settings'])}.")
     setting = content["settings"][name]
+    closer = cast(dict[str, Any], setting.get("closer_look", {}))
+    looked_at = tuple(closer.get("variants", ()))
     unknown = [variant for variant in setting["variants"] if variant not in content["variants"]]
+    unknown += [variant for variant in looked_at if variant not in setting["variants"]]
     if unknown:
         raise ValueError(f"{file}: the setting {name!r} names unknown variants: {', '.join(unknown)}.")
     places = {"../shared/assets": str(assets), "runs/evidence": str(work)}
@@ -117,9 +135,9 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
         int(setting["img_size_px"]),
         tuple(setting["datasets"]),
         tuple(setting["rungs"]),
-        bool(setting["reads_receipts"]),
         tuple(int(seed) for seed in setting["seeds"]),
         tuple(variants),
+        CloserLook(looked_at, tuple(closer.get("rungs", ())), bool(closer.get("reads_receipts", False))),
     )
 
 

@@ -50,7 +50,6 @@ STUDY = {
             "img_size_px": SIZE_PX,
             "datasets": ["trashnet"],
             "rungs": ["knn", "linear"],
-            "reads_receipts": False,
             "seeds": [0],
             "variants": ["ours"],
         }

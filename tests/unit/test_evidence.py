@@ -154,7 +154,7 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("setting", "first"),
-    [("quick", ["ours", "lightly_train"]), ("full", ["ours", "lightly_train"]), ("ablation", ["lite2_alone", "k_2"])],
+    [("quick", ["ours", "lightly_train"]), ("full", ["ours", "lightly_train"]), ("ablation", ["no_crops", "k_2"])],
 )
 def test_every_setting_reads_and_puts_real_folders_in(setting: str, first: list[str], tmp_path: Path) -> None:
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path / "assets", tmp_path / "work")
@@ -236,6 +236,38 @@ def test_a_step_that_is_done_is_not_repeated_and_a_failing_one_shows_its_log(tmp
     words = [sys.executable, "-c", "print('the cause'); raise SystemExit(3)"]
     with pytest.raises(study.StepError, match=r"(?s)status 3.*the cause"):
         study.run_logged(words, tmp_path / "log")
+
+
+def judgings(read: variants.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What judge.py would be told by the steps of a study, in order."""
+    told: list[list[str]] = []
+    monkeypatch.setattr(study, "run_logged", lambda words, *_: told.append(words) or (0.0, 0.0))
+    for step in study.Driver(read, tmp_path / "work", tmp_path / "assets", Path("python")).steps():
+        step.do()
+    return [words[2:] for words in told if words[1].endswith("judge.py")]
+
+
+def test_the_first_run_is_judged_with_its_company_and_a_later_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path / "assets", tmp_path / "work")
+    found = judgings(dataclasses.replace(read, seeds=(0, 1)), tmp_path, monkeypatch)
+    closer = [words for words in found if "attentive" in words]
+    assert [Path(words[0]).parts[-2:] for words in closer] == [
+        ("full", "ours-seed0"),
+        ("lightly_train-seed0", "encoder.yaml"),
+        ("full", "ours_long-seed0"),
+    ]
+    assert all("--receipts" in words for words in closer)
+    with_company = [Path(words[0]).name for words in found if "--alone" not in words]
+    # LightlyTrain's file names one encoder, which --alone changes nothing of.
+    assert with_company == [
+        "ours-seed0",
+        "lite2_random-seed0",
+        "vit_random-seed0",
+        "resnet50_alone-seed0",
+        "ours-seed0",
+    ]
 
 
 def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> None:
