@@ -34,7 +34,7 @@ if [ "${LIGHTLY:-yes}" = yes ]; then
 fi
 
 python scripts/evidence/study.py "$setting" --assets "$assets" --work "$work" "${lightly[@]}"
-best=$work/$setting/lite2_long-seed0
+best=$work/$setting/ours_long-seed0
 [ -d "$best" ] || best=$work/$setting/ours-seed0
 if [ ! -d "$best" ]; then
     echo "Tables: $work/$setting/results.md"

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from rich.console import Console
-from variants import Study, Variant, read_study
+from variants import Study, Tool, Variant, read_study
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -108,16 +109,20 @@ class Driver:
         company: set[str] = set()
         closer: list[Step] = []
         for seed in self.study.seeds:
-            for variant in self.study.variants:
-                if variant.tool == "distill" or self.lightly_python is not None:
-                    self.check_recipe(variant, seed)
-                    states = self.states_of(variant, seed)
-                    if states is not None and states not in known:
-                        known.add(states)
-                        steps.append(self._cache_step(variant, seed, states))
-                    steps += [self._train_step(variant, seed), self._judge_step(variant, seed, company)]
-                    closer += self._closer_steps(variant, seed, company)
+            for variant in self._runs_of(seed):
+                self.check_recipe(variant, seed)
+                states = self.states_of(variant, seed)
+                if states is not None and states not in known:
+                    known.add(states)
+                    steps.append(self._cache_step(variant, seed, states))
+                steps += [self._train_step(variant, seed), self._judge_step(variant, seed, company)]
+                closer += self._closer_steps(variant, seed, company)
         return steps + closer
+
+    def _runs_of(self, seed: int) -> list[Variant]:
+        once = () if seed == self.study.seeds[0] else self.study.first_seed_only
+        known = ("distill",) if self.lightly_python is None else get_args(Tool)
+        return [variant for variant in self.study.variants if variant.name not in once and variant.tool in known]
 
     def states_of(self, variant: Variant, seed: int) -> Path | None:
         """Return the folder of a variant's teacher states; random views depend on the seed."""

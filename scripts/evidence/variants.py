@@ -64,6 +64,7 @@ class Study:
         rungs: probes that judge every run.
         seeds: of training; one run a variant and seed.
         variants: in the order they are run.
+        first_seed_only: names of variants that are run once.
         closer_look: further probes, of some.
     """
 
@@ -73,6 +74,7 @@ class Study:
     rungs: tuple[str, ...]
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
+    first_seed_only: tuple[str, ...]
     closer_look: CloserLook
 
 
@@ -122,7 +124,8 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
     closer = cast(dict[str, Any], setting.get("closer_look", {}))
     looked_at = tuple(closer.get("variants", ()))
     unknown = [variant for variant in setting["variants"] if variant not in content["variants"]]
-    unknown += [variant for variant in looked_at if variant not in setting["variants"]]
+    once = tuple(setting.get("first_seed_only", ()))
+    unknown += [variant for variant in (*looked_at, *once) if variant not in setting["variants"]]
     if unknown:
         raise ValueError(f"{file}: the setting {name!r} names unknown variants: {', '.join(unknown)}.")
     places = {"../shared/assets": str(assets), "runs/evidence": str(work)}
@@ -137,6 +140,7 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
         tuple(setting["rungs"]),
         tuple(int(seed) for seed in setting["seeds"]),
         tuple(variants),
+        once,
         CloserLook(looked_at, tuple(closer.get("rungs", ())), bool(closer.get("reads_receipts", False))),
     )
 

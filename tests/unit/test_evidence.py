@@ -259,6 +259,13 @@ def test_the_first_run_is_judged_with_its_company_and_a_later_one_alone(
         ("full", "ours_long-seed0"),
     ]
     assert all("--receipts" in words for words in closer)
+    runs = [Path(words[0]) for words in found]
+    assert [run.name for run in runs if "seed1" in str(run)] == [
+        "ours-seed1",
+        "encoder.yaml",
+        "ours_long-seed1",
+        "pooled_mse-seed1",
+    ]
     with_company = [Path(words[0]).name for words in found if "--alone" not in words]
     # LightlyTrain's file names one encoder, which --alone changes nothing of.
     assert with_company == [
