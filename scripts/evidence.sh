@@ -34,14 +34,3 @@ if [ "${LIGHTLY:-yes}" = yes ]; then
 fi
 
 python scripts/evidence/study.py "$setting" --assets "$assets" --work "$work" "${lightly[@]}"
-best=$work/$setting/ours_long-seed0
-[ -d "$best" ] || best=$work/$setting/ours-seed0
-if [ ! -d "$best" ]; then
-    echo "Tables: $work/$setting/results.md"
-    exit
-fi
-# The report shows one probe of a run: that of the first data set.
-cp "$best/judge/trashnet.json" "$best/probe.json"
-cp "$best/judge/trashnet.per_image.safetensors" "$best/"
-distill report "$best" --out "$work/$setting/report.html"
-echo "Tables: $work/$setting/results.md; report: $work/$setting/report.html"

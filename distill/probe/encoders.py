@@ -17,9 +17,8 @@ from torch import nn
 from distill.checkpoint import RunDir, build_encoder, load_student, load_teacher, read_weights
 from distill.errors import ConfigError, WeightsError
 
-Role = Literal["initial", "student", "teacher", "other"]
-
-ROLES: tuple[Role, ...] = get_args(Role)
+RunRole = Literal["initial", "student", "teacher"]
+Role = Literal[RunRole, "other"]
 
 TIMM_CLASS = "teachers.TimmTeacher"
 OPEN_CLIP_CLASS = "teachers.OpenClipTeacher"
@@ -45,7 +44,7 @@ class NamedEncoder:
 
 
 def resolve_encoders(
-    encoder: str, beside: Sequence[str] = (), roles: Collection[Role] | None = None
+    encoder: str, beside: Sequence[str] = (), roles: Collection[RunRole] | None = None
 ) -> list[NamedEncoder]:
     """Load the encoder that is judged and everything it is judged beside.
 
@@ -56,7 +55,8 @@ def resolve_encoders(
         encoder: a run directory, an export, a timm, open_clip or transformers directory, or a YAML file with
             `class_path` and `init_args`.
         beside: more of these, as plain references; of a run, its students.
-        roles: which of a run's encoders to load; all of them when left out.
+        roles: which of a run's encoders to load; all of them when left out. An export, or anything else that is
+            named itself, is loaded in any case.
 
     Returns:
         At least one encoder, initialisations first, then students, teachers and others.
@@ -65,13 +65,11 @@ def resolve_encoders(
         ConfigError: a path does not exist or is none of these, or `roles` leaves nothing.
         WeightsError: weights are missing, damaged or do not fit.
     """
-    found = _main(Path(encoder), ROLES if roles is None else roles)
+    found = _main(Path(encoder), get_args(RunRole) if roles is None else roles)
+    if not found:
+        raise ConfigError(f"--roles leaves no encoder of {encoder}; name at least one of {get_args(RunRole)}.")
     for path in map(Path, beside):
         found += _run_students(path) if _is_run(path) else [_single(path, "other")]
-    if not found:
-        raise ConfigError(
-            f"--roles {', '.join(roles or ())} leaves no encoder of {encoder}; known: {', '.join(ROLES)}."
-        )
     return _unique(found)
 
 
@@ -79,7 +77,7 @@ def _is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file()
 
 
-def _main(path: Path, roles: Collection[Role]) -> list[NamedEncoder]:
+def _main(path: Path, roles: Collection[RunRole]) -> list[NamedEncoder]:
     if _is_run(path):
         return _of_run(path, RunDir(path).student_names, roles)
     run = run_of(path)
@@ -92,14 +90,14 @@ def _main(path: Path, roles: Collection[Role]) -> list[NamedEncoder]:
     around = _of_run(run, [student] if student in names else names, set(roles) - {"student"})
     exported = replace(_single(path, role), name=f"{student} ({path.name})", baseline=_initial_name(student))
     initial = [entry for entry in around if entry.role == "initial"]
-    return [*initial, *([exported] if role in roles else []), *(entry for entry in around if entry.role == "teacher")]
+    return [*initial, exported, *(entry for entry in around if entry.role == "teacher")]
 
 
 def _initial_name(student: str) -> str:
     return f"{student} (initial)"
 
 
-def _of_run(run: Path, students: Sequence[str], roles: Collection[Role]) -> list[NamedEncoder]:
+def _of_run(run: Path, students: Sequence[str], roles: Collection[RunRole]) -> list[NamedEncoder]:
     directory = RunDir(run)
     found: list[NamedEncoder] = []
     for name in students if "initial" in roles else ():

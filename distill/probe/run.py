@@ -12,7 +12,7 @@ from rich.console import Console
 
 from distill.encoder import Encoder
 from distill.errors import ConfigError
-from distill.probe.encoders import NamedEncoder, Role, comparison_pairs, resolve_encoders
+from distill.probe.encoders import NamedEncoder, RunRole, comparison_pairs, resolve_encoders
 from distill.probe.extraction import Extraction, Pool, PrecisionChoice, choose_device, choose_dtype
 from distill.probe.feature_cache import FeatureCache
 from distill.probe.ladder import Rung
@@ -32,7 +32,7 @@ def probe(
     data: str,
     out: Path | None = None,
     beside: list[str] | None = None,
-    roles: list[Role] | None = None,
+    roles: list[RunRole] | None = None,
     domains: list[str] | None = None,
     rungs: list[Rung] | None = None,
     layers: str = "-1",

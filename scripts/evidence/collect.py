@@ -1,6 +1,6 @@
 """Read what the runs of a study were judged: each test image's part of every figure, by arm and seed.
 
-An arm is whatever is compared: the initialisation, a teacher, or a variant over its seeds.
+An arm is whatever is compared: an initialisation, a teacher, or a variant over its seeds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from variants import Study, Variant
 
 from distill.probe.results import ProbeResults
 from distill.probe.results_file import read_probe
@@ -23,9 +24,6 @@ Key = tuple[str, str]
 """Data set and metric."""
 
 RECEIPTS: Key = ("receipts", "cer")
-INITIAL = "initialisation"
-KEPT = ("initial", "teacher")
-"""The initialisation as a teacher, which the initial student says already."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +31,14 @@ class Parts:
     """One figure of one run: it is `sum(numerator) / sum(denominator)` over test images or lines.
 
     Attributes:
+        data: fingerprint of the images, or empty.
         rows: `[n]`, which images.
         numerator: `[n]`.
         denominator: `[n]`.
         groups: `[n]`, what is resampled as a whole.
     """
 
+    data: str
     rows: NDArray[np.int64]
     numerator: Floats
     denominator: Floats
@@ -49,80 +49,113 @@ class Parts:
         """The figure."""
         return float(self.numerator.sum() / self.denominator.sum())
 
+    def is_of(self, other: Parts) -> bool:
+        """Whether two figures are of the same images, in the same groups."""
+        return (
+            self.data == other.data
+            and np.array_equal(self.rows, other.rows)
+            and np.array_equal(self.groups, other.groups)
+        )
+
 
 @dataclass
 class Arm:
-    """What is compared: figures by data set and metric, then by seed; and what each seed's training cost."""
+    """What is compared.
+
+    Attributes:
+        name: of its row.
+        kind: "initial", "variant" or "teacher".
+        figures: by data set and metric, then by seed.
+        costs: of each seed's training, as `cost.json` has them, with `states_cpu_s` where teacher states were stored.
+        variant: None for initialisations and teachers.
+    """
 
     name: str
     kind: str
     figures: dict[Key, dict[int, Parts]] = field(default_factory=dict[Key, dict[int, Parts]])
     costs: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]])
+    variant: Variant | None = None
 
-    def rows(self, key: Key) -> NDArray[np.int64]:
-        """Which images a figure is of, `[n]`."""
-        return next(iter(self.figures[key].values())).rows
+    def parts(self, key: Key) -> list[Parts]:
+        """A figure of each seed, in their order.
+
+        Raises:
+            ValueError: the seeds were judged on other images.
+        """
+        found = [parts for _, parts in sorted(self.figures.get(key, {}).items())]
+        if any(not parts.is_of(found[0]) for parts in found):
+            raise ValueError(f"{self.name}'s seeds were judged on other images of {key[0]}: delete what is older")
+        return found
 
     def values(self, key: Key) -> Floats:
         """The figure of every seed, `[S]`."""
-        return np.asarray([parts.value for _, parts in sorted(self.figures.get(key, {}).items())])
+        return np.asarray([parts.value for parts in self.parts(key)])
 
 
-def collect(folder: Path) -> dict[str, Arm]:
-    """Return the arms of a study by name, in the order initialisations, variants, teachers.
+def collect(folder: Path, study: Study) -> dict[str, Arm]:
+    """Return the arms of a study by name: initialisations, variants in the study's order, teachers.
 
     Args:
-        folder: with a folder `<variant>-seed<number>` for each run; runs that were not judged are passed over.
+        folder: with a folder `<variant>-seed<number>` for each run and `company` for what they are judged beside; what
+            was not judged is passed over, and so are runs that the study does not have.
+        study: says which runs there are.
 
     Raises:
         ValueError: no run was judged.
     """
-    arms: dict[str, Arm] = {}
-    for run in sorted(folder.glob("*-seed*")):
-        variant, _, number = run.name.rpartition("-seed")
-        cost = run / "cost.json"
-        for encoder, role, key, parts in _judged(run):
-            if (encoder, role) == KEPT:
-                continue
-            name, kind = _arm_of(encoder, role, variant)
-            arm = arms.setdefault(name, Arm(name, kind))
-            arm.figures.setdefault(key, {})[int(number) if kind == "variant" else 0] = parts
-            if kind == "variant" and cost.is_file():
-                arm.costs[int(number)] = json.loads(cost.read_text("utf-8"))
-    if not arms:
+    initial: dict[str, Arm] = {}
+    variants: dict[str, Arm] = {}
+    teachers: dict[str, Arm] = {}
+    for variant, seed in study.runs():
+        run = folder / f"{variant.name}-seed{seed}"
+        for _, key, parts in _judged(run / "judge", "student", "other"):
+            arm = variants.setdefault(variant.name, Arm(variant.name, "variant", variant=variant))
+            arm.figures.setdefault(key, {})[seed] = parts
+        if variant.name in variants and (run / "cost.json").is_file():
+            variants[variant.name].costs[seed] = _cost(run, folder, study, variant, seed)
+        for _, key, parts in _judged(company(folder, "initial", variant.initial), "initial"):
+            arm = initial.setdefault(variant.initial, Arm(variant.initial, "initial"))
+            arm.figures.setdefault(key, {})[0] = parts
+        for encoder, key, parts in _judged(company(folder, "teacher", " and ".join(variant.teachers)), "teacher"):
+            arm = teachers.setdefault(encoder, Arm(f"teacher {encoder}", "teacher"))
+            arm.figures.setdefault(key, {})[0] = parts
+    if not variants:
         raise ValueError(f"{folder} holds no judged run; run scripts/evidence.sh first.")
-    order = ("initial", "variant", "teacher")
-    return dict(sorted(arms.items(), key=lambda item: order.index(item[1].kind)))
+    return {arm.name: arm for arm in [*initial.values(), *variants.values(), *teachers.values()]}
 
 
-def _judged(run: Path) -> Iterator[tuple[str, str, Key, Parts]]:
-    """Yield each figure of a run with the encoder's name and role."""
-    for file in sorted((run / "judge").rglob("*.json")):
+def company(folder: Path, role: str, name: str) -> Path:
+    """Return where the results of an initialisation, or of teachers, lie in a study's folder."""
+    return folder / "company" / f"{role} {name}".replace(" ", "_")
+
+
+def _cost(run: Path, folder: Path, study: Study, variant: Variant, seed: int) -> dict[str, Any]:
+    cost = json.loads((run / "cost.json").read_text("utf-8"))
+    name = study.states_name(variant, seed)
+    if name is not None:
+        file = folder.parent / "states" / name / "complete.json"
+        cost["states_cpu_s"] = json.loads(file.read_text("utf-8"))["cpu_s"] if file.is_file() else float("nan")
+    return cost
+
+
+def _judged(folder: Path, *roles: str) -> Iterator[tuple[str, Key, Parts]]:
+    """Yield each figure in a folder of results that is of an encoder of these roles, with the encoder's name."""
+    for file in sorted(folder.rglob("*.json")):
         if file.stem == RECEIPTS[0]:
             for encoder, entry in json.loads(file.read_text("utf-8")).items():
-                yield encoder, entry["role"], RECEIPTS, _receipt_parts(entry)
+                if entry["role"] in roles:
+                    yield encoder, RECEIPTS, _receipt_parts(entry)
             continue
         found = read_probe(file)
-        roles = {encoder.name: encoder.role for encoder in found.encoders}
+        wanted = {encoder.name for encoder in found.encoders if encoder.role in roles}
         for encoder, metric, parts in _probe_parts(found):
-            yield encoder, roles[encoder], (file.stem, metric), parts
-
-
-def initial_of(variant: str) -> str:
-    """Return the arm that a variant's student began as: variants named "random" have one of their own."""
-    return f"{INITIAL} of {variant}" if "random" in variant else INITIAL
-
-
-def _arm_of(encoder: str, role: str, variant: str) -> tuple[str, str]:
-    if role == "initial":
-        return initial_of(variant), "initial"
-    if role == "teacher":
-        return f"teacher {encoder}", "teacher"
-    return variant, "variant"
+            if encoder in wanted:
+                yield encoder, (file.stem, metric), parts
 
 
 def _receipt_parts(entry: dict[str, Any]) -> Parts:
     return Parts(
+        entry["data"],
         np.asarray(entry["rows"], dtype=np.int64),
         np.asarray(entry["edits"], dtype=np.float64),
         np.asarray(entry["characters"], dtype=np.float64),
@@ -139,4 +172,4 @@ def _probe_parts(found: ProbeResults) -> Iterator[tuple[str, str, Parts]]:
             rows, numerator, denominator, groups = (
                 tensors[f"{entry.prefix}/{part}"] for part in ("rows", "numerator", "denominator", "groups")
             )
-            yield entry.encoder, entry.metric, Parts(rows, numerator[:, 0], denominator[:, 0], groups)
+            yield entry.encoder, entry.metric, Parts(entry.data, rows, numerator[:, 0], denominator[:, 0], groups)

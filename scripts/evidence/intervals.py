@@ -1,8 +1,8 @@
 """Differences of two arms over the same test images, with 95 % intervals over images and seeds.
 
-A resample draws groups of test images anew within each data set, the same for both arms, and each arm's seeds anew;
-figures are averaged over the data sets. The interval thus says what other test images and other seeds could have given;
-with one seed it says nothing of seeds.
+A resample draws groups of test images anew within each data set, the same for both arms; figures are averaged over
+seeds and data sets. To an arm of several seeds each resample adds what their mean may be off by: a draw from Student's
+t distribution, scaled by the seeds' own standard error. With one seed the interval says nothing of seeds.
 """
 
 from __future__ import annotations
@@ -33,23 +33,28 @@ class Interval:
         return f"{value} [{low}, {high}]"
 
 
-def resampled(arm: Arm, key: Key) -> Floats:
-    """Return an arm's figure in each resample, `[R]`; groups are drawn alike for every arm.
+def resampled(arm: Arm, keys: Sequence[Key]) -> Floats:
+    """Return an arm's mean figure in each resample, `[R]`; groups are drawn alike for every arm.
 
     Raises:
-        KeyError: the arm was not judged so.
+        ValueError: the arm's seeds were not judged on the same images.
     """
-    runs = [parts for _, parts in sorted(arm.figures[key].items())]
+    found = np.mean([_over_images(arm.parts(key), key) for key in keys], axis=0)
+    by_seed = np.mean([arm.values(key) for key in keys], axis=0)
+    count = len(by_seed)
+    if count > 1:
+        drawn = np.random.default_rng(zlib.crc32(arm.name.encode()))
+        found = found + by_seed.std(ddof=1) / count**0.5 * drawn.standard_t(count - 1, NUM_RESAMPLES)
+    return found
+
+
+def _over_images(runs: Sequence[Parts], key: Key) -> Floats:
     ids = np.unique(runs[0].groups, return_inverse=True)[1].reshape(-1)
     count = int(ids.max()) + 1
     drawn = np.random.default_rng(zlib.crc32(key[0].encode()))
     weights = drawn.multinomial(count, np.full(count, 1 / count), size=NUM_RESAMPLES).astype(np.float64)
     sums = [_sums(run, ids, count) for run in runs]
-    by_seed = np.stack([weights @ numerators / (weights @ denominators) for numerators, denominators in sums])
-    if len(runs) == 1:
-        return by_seed[0]
-    seeds = np.random.default_rng(zlib.crc32(arm.name.encode())).integers(0, len(runs), (len(runs), NUM_RESAMPLES))
-    return np.take_along_axis(by_seed, seeds, axis=0).mean(0)
+    return np.mean([weights @ numerators / (weights @ denominators) for numerators, denominators in sums], axis=0)
 
 
 def _sums(run: Parts, ids: np.ndarray, count: int) -> tuple[Floats, Floats]:
@@ -59,29 +64,37 @@ def _sums(run: Parts, ids: np.ndarray, count: int) -> tuple[Floats, Floats]:
     )
 
 
+def _check_same_images(arms: Sequence[Arm], keys: Sequence[Key]) -> None:
+    for key in keys:
+        for arm in arms[1:]:
+            if not arm.parts(key)[0].is_of(arms[0].parts(key)[0]):
+                raise ValueError(f"{arm.name} and {arms[0].name} were judged on other images of {key[0]}")
+
+
 def difference(arm: Arm, baseline: Arm, keys: Sequence[Key]) -> Interval:
     """Return `arm - baseline`, averaged over some figures.
 
     Raises:
         ValueError: the two were not judged on the same images.
     """
-    for key in keys:
-        if not np.array_equal(arm.rows(key), baseline.rows(key)):
-            raise ValueError(f"{arm.name} and {baseline.name} were judged on other images of {key[0]}")
+    _check_same_images([arm, baseline], keys)
     value = np.mean([arm.values(key).mean() - baseline.values(key).mean() for key in keys])
-    spread = np.mean([resampled(arm, key) - resampled(baseline, key) for key in keys], axis=0)
+    spread = resampled(arm, keys) - resampled(baseline, keys)
     return Interval(float(value), *(float(end) for end in np.quantile(spread, QUANTILES)))
 
 
 def gap_closed(arm: Arm, initial: Arm, teacher: Arm, keys: Sequence[Key]) -> Interval:
-    """Return the share of the way from the initialisation to the teacher that an arm has gone; 1 is the teacher."""
+    """Return the share of the way from the initialisation to the teacher that an arm has gone; 1 is the teacher.
+
+    Raises:
+        ValueError: the three were not judged on the same images.
+    """
+    _check_same_images([arm, initial, teacher], keys)
 
     def mean(side: Arm) -> float:
         return float(np.mean([side.values(key).mean() for key in keys]))
 
-    def spread(side: Arm) -> Floats:
-        return np.mean([resampled(side, key) for key in keys], axis=0)
-
     value = (mean(arm) - mean(initial)) / (mean(teacher) - mean(initial))
-    shares = (spread(arm) - spread(initial)) / (spread(teacher) - spread(initial))
+    start = resampled(initial, keys)
+    shares = (resampled(arm, keys) - start) / (resampled(teacher, keys) - start)
     return Interval(value, *(float(end) for end in np.quantile(shares, QUANTILES)))

@@ -11,12 +11,14 @@ is kept.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from distill.heap import keep_freed_memory
 from distill.probe.encoders import resolve_encoders
 from distill.probe.extraction import Extraction
 from distill.probe.ocr import ocr_scores
@@ -38,6 +40,7 @@ def judge_receipts(encoder: str, lines: Path, roles: list[Any] | None) -> dict[s
         parts = score.per_image
         found[entry.name] = {
             "role": entry.role,
+            "data": hashlib.sha256(lines.read_bytes()).hexdigest(),
             "rows": parts.rows.tolist(),
             "edits": parts.numerator[:, 0].tolist(),
             "characters": parts.denominator[:, 0].tolist(),
@@ -93,8 +96,9 @@ def main() -> None:
     parser.add_argument("--rungs", required=True)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--receipts", action="store_true")
-    parser.add_argument("--alone", action="store_true", help="of a run, its student only")
+    parser.add_argument("--role", help="of a run, the encoders of one role: initial, student or teacher")
     asked = parser.parse_args()
+    keep_freed_memory()
     judge(
         asked.encoder,
         asked.data,
@@ -104,7 +108,7 @@ def main() -> None:
         rungs=asked.rungs.split(","),
         cache=asked.cache,
         receipts=asked.receipts,
-        roles=["student"] if asked.alone else None,
+        roles=[asked.role] if asked.role else None,
     )
 
 

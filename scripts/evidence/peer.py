@@ -3,8 +3,9 @@
     LIGHTLY_TRAIN_EVENTS_DISABLED=1 PYTHON scripts/evidence/peer.py recipe.yaml --out RUN --images DATA/train-files
 
 PYTHON is that of LightlyTrain's own environment (scripts/evidence/lightly_train.txt): nothing of this project is
-imported. What LightlyTrain decides is left to it: loss, augmentation, optimiser, learning rate, schedule. Batch size,
-image size and the number of images seen are the recipe's. Writes `encoder.yaml`, which `distill probe` opens.
+imported. What LightlyTrain decides is left to it: loss, augmentation, optimiser, learning rate, schedule, unless the
+recipe's `arguments` say otherwise. Batch size, image size and the number of images seen are the recipe's. It begins
+anew after an interruption. Writes `encoder.yaml`, which `distill probe` opens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import lightly_train
 import timm
 import torch
 import yaml
@@ -63,6 +63,8 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
 def distil(recipe: dict[str, Any], out: Path, images: Path, seed: int) -> None:
     """Train, and write the student with a file that says how to open it."""
+    import lightly_train
+
     torch.manual_seed(seed)
     (student_spec,) = recipe["model"]["students"].values()
     (teacher_spec,) = recipe["model"]["teachers"].values()
@@ -95,6 +97,7 @@ def distil(recipe: dict[str, Any], out: Path, images: Path, seed: int) -> None:
         overwrite=True,
         transform_args={"image_size": (size, size)},
         trainer_args={"max_steps": steps},
+        **recipe["arguments"],
     )
     exported = out / "lightly" / "exported_models" / "exported_last.pt"
     arguments = {**student_spec["init_args"], "weights": str(exported.resolve())}

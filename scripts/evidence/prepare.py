@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,12 +117,12 @@ def write_table(file: Path, root: Path, parts: dict[str, Sequence[Entry]]) -> No
 
 
 def link_files(folder: Path, root: Path, entries: Sequence[Entry]) -> None:
-    """Make a link to each image under `<domain>/`, numbered, for tools that read folders."""
+    """Make a link to each image under `<domain>/`, numbered, for tools that read folders; what was there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
     for number, entry in enumerate(entries):
         link = folder / entry.domain / f"{number:05d}{Path(entry.path).suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
-            link.symlink_to(root / entry.path)
+        link.symlink_to(root / entry.path)
 
 
 def validation_images(held: Sequence[Entry], seed: int) -> list[Entry]:

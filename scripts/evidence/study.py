@@ -1,11 +1,11 @@
-"""Run the evidence study: prepare, cache the teachers, train every variant, judge it, and write the tables.
+"""Run the evidence study: prepare, cache the teachers, train every variant, judge it, write tables and a report.
 
     python scripts/evidence/study.py quick --assets ../shared/assets --work runs/evidence
     python scripts/evidence/study.py full --lightly_python runs/evidence/lightly/bin/python
 
 Each step leaves a file when it is finished, and a finished step is not repeated: after whatever stopped the study, the
-same command goes on. Training itself goes on from its last checkpoint; a run whose recipe has changed is refused. Each
-training's CPU time (user and system, of the process and its children) and wall time are kept in `cost.json` beside it.
+same command goes on. Training itself goes on from its last checkpoint (LightlyTrain's begins anew); a run whose recipe
+has changed is refused. Each training's CPU and wall time are kept in `cost.json` beside it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple
 
 import yaml
+from collect import company
 from rich.console import Console
-from variants import Study, Tool, Variant, read_study
+from variants import Study, Variant, read_study
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -51,8 +52,30 @@ class Step:
     do: Callable[[], object]
 
 
-def run_logged(words: list[str], log: Path, extra: Mapping[str, str] | None = None) -> tuple[float, float]:
-    """Run a command from the repository's root, and return its CPU and wall seconds, its children's included.
+class Cost(NamedTuple):
+    """CPU time (user and system, of a process and its children) and wall time, in seconds."""
+
+    cpu_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True)
+class Look:
+    """Probes that judge encoders.
+
+    Attributes:
+        folder: for the results, in a run's folder.
+        rungs: probes on the data sets.
+        reads_receipts: whether the OCR probe on receipt crops is run.
+    """
+
+    folder: str
+    rungs: tuple[str, ...]
+    reads_receipts: bool = False
+
+
+def run_logged(words: list[str], log: Path, extra: Mapping[str, str] | None = None) -> Cost:
+    """Run a command from the repository's root, and return what it and its children cost.
 
     Args:
         words: the command.
@@ -78,7 +101,7 @@ def run_logged(words: list[str], log: Path, extra: Mapping[str, str] | None = No
     if child.returncode != 0:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
         raise StepError(f"{' '.join(words)}\nended with status {child.returncode}; the end of {log}:\n{tail}")
-    return usage.ru_utime + usage.ru_stime, time.monotonic() - start
+    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start)
 
 
 class Driver:
@@ -101,35 +124,30 @@ class Driver:
         Raises:
             StepError: a run is there that another recipe made.
         """
-        python = sys.executable
+        python, study = sys.executable, self.study
         splits = self.data / "splits.json"
         prepare = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
         steps = [Step("images: splits and shards", splits.is_file, lambda: self._plain(prepare, "prepare"))]
         known: set[Path] = set()
-        company: set[str] = set()
-        closer: list[Step] = []
-        for seed in self.study.seeds:
-            for variant in self._runs_of(seed):
-                self.check_recipe(variant, seed)
-                states = self.states_of(variant, seed)
-                if states is not None and states not in known:
-                    known.add(states)
-                    steps.append(self._cache_step(variant, seed, states))
-                steps += [self._train_step(variant, seed), self._judge_step(variant, seed, company)]
-                closer += self._closer_steps(variant, seed, company)
-        return steps + closer
-
-    def _runs_of(self, seed: int) -> list[Variant]:
-        once = () if seed == self.study.seeds[0] else self.study.first_seed_only
-        known = ("distill",) if self.lightly_python is None else get_args(Tool)
-        return [variant for variant in self.study.variants if variant.name not in once and variant.tool in known]
+        look, closer = Look("judge", study.rungs), study.closer_look
+        close_look, closer_steps = Look("judge/closer", closer.rungs, closer.reads_receipts), list[Step]()
+        for variant, seed in study.runs():
+            if variant.tool != "distill" and self.lightly_python is None:
+                continue
+            self.check_recipe(variant, seed)
+            states = self.states_of(variant, seed)
+            if states is not None and states not in known:
+                known.add(states)
+                steps.append(self._cache_step(variant, seed, states))
+            steps += [self._train_step(variant, seed), *self._judge_steps(variant, seed, look, known)]
+            if variant.name in closer.variants and seed == study.seeds[0]:
+                closer_steps += self._judge_steps(variant, seed, close_look, known)
+        return steps + closer_steps
 
     def states_of(self, variant: Variant, seed: int) -> Path | None:
-        """Return the folder of a variant's teacher states; random views depend on the seed."""
-        if not variant.states:
-            return None
-        name = f"{variant.states}-{self.study.img_size_px}"
-        return self.work / "states" / (name if variant.views == 1 else f"{name}-seed{seed}")
+        """Return the folder of a variant's teacher states."""
+        name = self.study.states_name(variant, seed)
+        return None if name is None else self.work / "states" / name
 
     def run_of(self, variant: Variant, seed: int) -> Path:
         """Return the folder of a variant's run."""
@@ -164,40 +182,71 @@ class Driver:
         ):
             raise StepError(
                 f"{file} is not what {variant.name} has come to mean: the study's files, or the folders they are read "
-                f"from, have changed since. Move {run} away to train it anew, or undo the change."
+                f"from, have changed since. Move {run} out of {self.runs} to train it anew, or undo the change."
             )
 
-    def _plain(self, words: list[str], name: str) -> tuple[float, float]:
+    def conclude(self, study_file: Path) -> None:
+        """Write the tables, and the report of the run that the study names: on its first data set, with its company."""
+        tables = [sys.executable, str(HERE / "tables.py"), str(self.runs), "--study", str(study_file)]
+        self._plain(tables, "tables")
+        run = self.runs / f"{self.study.report}-seed{self.study.seeds[0]}"
+        if not self.study.report:
+            return
+        data = self.data / "probe" / f"{self.study.datasets[0]}.csv"
+        probe = [sys.executable, "-m", "distill", "probe", str(run), "--data", str(data), "--leaks", "off"]
+        probe += ["--rungs", "[linear,knn,fidelity]", "--cache", str(self.work / "features")]
+        self._plain([*probe, "--img_size_px", str(self.study.img_size_px)], "report")
+        self._plain([sys.executable, "-m", "distill", "report", str(run), "--out", str(self.report)], "report")
+
+    @property
+    def report(self) -> Path:
+        """Where the report lies."""
+        return self.runs / "report.html"
+
+    def _plain(self, words: list[str], name: str) -> Cost:
         return run_logged(words, self.work / "logs" / f"{name}.log", self._environment())
 
     def _cache_step(self, variant: Variant, seed: int, states: Path) -> Step:
         done = states / "complete.json"
+        views = min(variant.views, variant.recipe["trainer"]["max_epochs"])  # more would not be seen
 
         def fill() -> None:
             states.mkdir(parents=True, exist_ok=True)
             # The recipe with the teachers themselves.
             recipe = self._written_recipe(replace(variant, states=""), seed, self.work / "logs" / states.name)
             words = [sys.executable, "-m", "distill", "cache", str(recipe), "--out", str(states)]
-            words += ["--compression", "fp16", "--views", str(variant.views)]
-            cpu_s, wall_s = self._plain(words, states.name)
-            done.write_text(json.dumps({"cpu_s": cpu_s, "wall_s": wall_s}), encoding="utf-8")
+            words += ["--compression", "fp16", "--views", str(views)]
+            cost = self._plain(words, states.name)
+            done.write_text(json.dumps({**cost._asdict(), "views": views}), encoding="utf-8")
 
-        return Step(f"teacher states: {states.name}", done.is_file, fill)
+        def is_done() -> bool:
+            if not done.is_file():
+                return False
+            found = json.loads(done.read_text("utf-8")).get("views", views)
+            if found != views:
+                raise StepError(
+                    f"{states} has {found} views of each image, and {variant.name} wants {views}. Give its `states` "
+                    "another name in the study's file, or move the folder away."
+                )
+            return True
+
+        return Step(f"teacher states: {states.name}", is_done, fill)
 
     def _train_step(self, variant: Variant, seed: int) -> Step:
         run = self.run_of(variant, seed)
-        cost, log = run / "cost.json", run / "fit.log"
+        done, begun, log = run / "cost.json", run / "begun", run / "fit.log"
 
         def train() -> None:
-            is_whole = not log.is_file()  # what an interrupted run had used is not known
+            # What an interrupted run had used is not known; LightlyTrain begins anew.
+            is_whole = variant.tool != "distill" or not begun.is_file()
             recipe = self._written_recipe(variant, seed, run)
-            words = self._training(variant, seed, recipe, run)
-            cpu_s, wall_s = run_logged(words, log, self._environment_of(variant))
+            begun.touch()
+            cost = run_logged(self._training(variant, seed, recipe, run), log, self._environment_of(variant))
             images = variant.recipe["data"]["samples_per_epoch"] * variant.recipe["trainer"]["max_epochs"]
-            content = {"cpu_s": cpu_s, "wall_s": wall_s, "images": images, "is_whole": is_whole}
-            cost.write_text(json.dumps(content), encoding="utf-8")
+            content = {**cost._asdict(), "images": images, "is_whole": is_whole}
+            done.write_text(json.dumps(content), encoding="utf-8")
 
-        return Step(f"train: {variant.title}, seed {seed}", cost.is_file, train)
+        return Step(f"train: {variant.title}, seed {seed}", done.is_file, train)
 
     def _training(self, variant: Variant, seed: int, recipe: Path, run: Path) -> list[str]:
         if variant.tool == "distill":
@@ -213,61 +262,32 @@ class Driver:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         return {"PYTHONPATH": path, "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
 
-    def _judge_step(self, variant: Variant, seed: int, company: set[str]) -> Step:
-        title, out = f"judge: {variant.title}, seed {seed}", self.run_of(variant, seed) / "judge"
-        alone = not brings_company(variant, "", company)
-        return self._judged(variant, seed, title, out, self.study.rungs, receipts=False, alone=alone)
+    def _judge_steps(self, variant: Variant, seed: int, look: Look, known: set[Path]) -> list[Step]:
+        """Judge a run's student, and its initialisation and teachers where no earlier run had the same."""
+        run, name = self.run_of(variant, seed), f"{variant.name}, seed {seed}"
+        if variant.tool != "distill":
+            return [self._judged(run / "encoder.yaml", "student", run / look.folder, look, name)]
+        found = [self._judged(run, "student", run / look.folder, look, name)]
+        for title, role in ((variant.initial, "initial"), (" and ".join(variant.teachers), "teacher")):
+            out = company(self.runs, role, title) / look.folder
+            if out not in known:
+                known.add(out)
+                found.append(self._judged(run, role, out, look, title))
+        return found
 
-    def _closer_steps(self, variant: Variant, seed: int, company: set[str]) -> list[Step]:
-        look = self.study.closer_look
-        if variant.name not in look.variants or seed != self.study.seeds[0]:
-            return []
-        title, out = f"look closer: {variant.title}", self.run_of(variant, seed) / "judge" / "closer"
-        alone = not brings_company(variant, "closer", company)
-        return [self._judged(variant, seed, title, out, look.rungs, receipts=look.reads_receipts, alone=alone)]
-
-    def _judged(
-        self,
-        variant: Variant,
-        seed: int,
-        title: str,
-        out: Path,
-        rungs: tuple[str, ...],
-        *,
-        receipts: bool,
-        alone: bool,
-    ) -> Step:
-        study, run = self.study, self.run_of(variant, seed)
-        files = [out / f"{dataset}.json" for dataset in study.datasets] + ([out / "receipts.json"] if receipts else [])
-        encoder = run if variant.tool == "distill" else run / "encoder.yaml"
+    def _judged(self, encoder: Path, role: str, out: Path, look: Look, title: str) -> Step:
+        study = self.study
+        files = [out / f"{dataset}.json" for dataset in study.datasets]
+        files += [out / "receipts.json"] if look.reads_receipts else []
         words = [sys.executable, str(HERE / "judge.py"), str(encoder), "--data", str(self.data), "--out", str(out)]
         words += ["--size", str(study.img_size_px), "--datasets", ",".join(study.datasets)]
-        words += ["--rungs", ",".join(rungs), "--cache", str(self.work / "features")]
-        words += ["--receipts"] if receipts else []
-        words += ["--alone"] if alone else []
+        words += ["--rungs", ",".join(look.rungs), "--role", role, "--cache", str(self.work / "features")]
+        words += ["--receipts"] if look.reads_receipts else []
         return Step(
-            title,
+            f"{look.folder}: {title}",
             lambda: all(file.is_file() for file in files),
-            lambda: run_logged(words, run / "judge.log", self._environment()),
+            lambda: run_logged(words, self.work / "logs" / "judge.log", self._environment()),
         )
-
-
-def brings_company(variant: Variant, look: str, company: set[str]) -> bool:
-    """Return whether a variant is the first to have its initialisation or a teacher judged beside it.
-
-    Args:
-        variant: of the study.
-        look: what the judging is.
-        company: what was judged before; takes the variant's.
-    """
-    if variant.tool != "distill":
-        return False
-    model = variant.recipe["model"]
-    own = {f"{look} {name} {spec}" for name, spec in model["teachers"].items()}
-    own |= {f"{look} {name} {spec['init_args']['weights']}" for name, spec in model["students"].items()}
-    is_first = not own <= company
-    company |= own
-    return is_first
 
 
 def perform(steps: list[Step], console: Console) -> None:
@@ -298,11 +318,13 @@ def main() -> int:
     driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute())
     try:
         perform(driver.steps(), console)
-        run_logged([sys.executable, str(HERE / "tables.py"), str(driver.runs)], work / "logs" / "tables.log")
+        driver.conclude(asked.study)
     except StepError as error:
         console.print(str(error), markup=False, highlight=False)
         return 1
     console.print(f"Tables: {driver.runs / 'results.md'}", markup=False, highlight=False)
+    if study.report:
+        console.print(f"Report: {driver.report}", markup=False, highlight=False)
     return 0
 
 

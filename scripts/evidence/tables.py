@@ -3,19 +3,20 @@
     python scripts/evidence/tables.py runs/evidence/full
     python scripts/evidence/tables.py runs/evidence/full --into docs/results.md
 
-Writes `results.md` in the folder; `--into` puts the same text between the two marks `<!-- NAME: begin -->` and
-`<!-- NAME: end -->` of a page, NAME being the folder's name.
+The folder's name is the setting's. Writes `results.md` in the folder; `--into` puts the same text between the two marks
+`<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page, NAME being the folder's name.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from collect import INITIAL, RECEIPTS, Arm, Key, collect, initial_of
+from collect import RECEIPTS, Arm, Key, collect
 from intervals import difference, gap_closed
+from variants import Study, read_study
 
 DATASETS = ("trashnet", "dtd10", "chart25", "gaokao_mm", "sroie_page")
 SCOPES = {
@@ -26,7 +27,8 @@ SCOPES = {
     "all data sets": DATASETS,
 }
 METRICS = {"knn_top1": "kNN", "linear_top1": "linear probe", "attentive_top1": "attentive probe"}
-RIVALS = ("lightly_train", "pooled_mse", "no_crops")
+RIVALS = ("lightly_train", "lightly_train_tuned", "pooled_mse", "no_crops")
+STUDY = Path(__file__).resolve().parents[2] / "configs" / "evidence" / "study.yaml"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -53,7 +55,7 @@ def keys_of(scope: str, metric: str, arms: Sequence[Arm]) -> list[Key] | None:
 def figures_table(arms: Sequence[Arm], metric: str) -> str:
     """Return every arm's figures on every data set."""
     keys = [(dataset, metric) for dataset in DATASETS if any((dataset, metric) in arm.figures for arm in arms)]
-    counts = {key: next(len(arm.rows(key)) for arm in arms if key in arm.figures) for key in keys}
+    counts = {key: next(len(arm.parts(key)[0].rows) for arm in arms if key in arm.figures) for key in keys}
     head = ["encoder", "seeds", *(f"{key[0]} (n {counts[key]})" for key in keys), "mean"]
     rows = []
     for arm in arms:
@@ -72,41 +74,62 @@ def differences_table(arms: Sequence[Arm], baseline_of: Callable[[Arm], Arm | No
         if baseline is None:
             continue
         for metric in metrics:
-            pair, cells = (arm, baseline), []
+            pair, cells, seeds = (arm, baseline), [], ""
             for scope in SCOPES:
                 keys = keys_of(scope, metric, pair)
                 cells.append(difference(arm, baseline, keys).text() if keys else "")
+                seeds = f"{seeds_of(arm, keys)}, {seeds_of(baseline, keys)}" if keys else seeds
             if any(cells):
-                rows.append([arm.name, baseline.name, METRICS[metric], *cells])
-    return table(["encoder", "less", "probe", *SCOPES], rows)
+                rows.append([arm.name, baseline.name, seeds, METRICS[metric], *cells])
+    return table(["encoder", "less", "seeds", "probe", *SCOPES], rows)
 
 
-def gap_table(arms: Sequence[Arm], initial: Arm, teachers: Sequence[Arm]) -> str:
-    """Return how much of the gap to the best teacher is closed in kNN on natural images."""
+def gap_table(variants: Sequence[Arm], arms: Mapping[str, Arm]) -> str:
+    """Return how much of the gap between its beginning and its best teacher each variant closes in natural kNN."""
     rows: list[list[str]] = []
-    keys = keys_of("natural", "knn_top1", [initial, *teachers])
-    if keys and teachers:
-        best = max(teachers, key=lambda arm: float(np.mean([arm.values(key).mean() for key in keys])))
-        for arm in arms:
-            if all(key in arm.figures for key in keys):
-                share = gap_closed(arm, initial, best, keys)
-                ends = f"[{100 * share.low:.0f}, {100 * share.high:.0f}]"
-                rows.append([arm.name, best.name, f"{100 * share.value:.0f} % {ends}"])
-    return table(["encoder", "teacher", "gap closed in kNN, natural"], rows)
+    for arm in variants:
+        initial, teachers = initial_of(arm, arms), teachers_of(arm, arms)
+        if initial is None or not teachers:
+            continue
+        keys = keys_of("natural", "knn_top1", [arm, initial, *teachers])
+        if keys:
+            best = max(teachers, key=lambda teacher: float(np.mean([teacher.values(key).mean() for key in keys])))
+            share = gap_closed(arm, initial, best, keys)
+            ends = f"[{100 * share.low:.0f}, {100 * share.high:.0f}]"
+            rows.append([arm.name, seeds_of(arm, keys), initial.name, best.name, f"{100 * share.value:.0f} % {ends}"])
+    return table(["encoder", "seeds", "from", "to", "gap closed in kNN, natural"], rows)
+
+
+def initial_of(arm: Arm, arms: Mapping[str, Arm]) -> Arm | None:
+    """Return what a variant's student began as, where it was judged."""
+    return None if arm.variant is None else arms.get(arm.variant.initial)
+
+
+def teachers_of(arm: Arm, arms: Mapping[str, Arm]) -> list[Arm]:
+    """Return a variant's teachers that were judged."""
+    names = () if arm.variant is None else arm.variant.teachers
+    return [arms[f"teacher {name}"] for name in names if f"teacher {name}" in arms]
+
+
+def seeds_of(arm: Arm, keys: Sequence[Key]) -> str:
+    """Return how many seeds a row is of."""
+    return str(min(len(arm.parts(key)) for key in keys))
 
 
 def costs_table(arms: Sequence[Arm]) -> str:
-    """Return what the trainings cost."""
+    """Return what the trainings cost, and the stored states that they read."""
     rows: list[list[str]] = []
     for arm in arms:
         if arm.costs:
             costs = list(arm.costs.values())
             least = "" if all(cost.get("is_whole", True) for cost in costs) else "at least "
             cpu, wall = (np.mean([cost[name] for cost in costs]) for name in ("cpu_s", "wall_s"))
-            rows.append(
-                [arm.name, str(len(costs)), f"{costs[0]['images']:,}", f"{least}{cpu:.0f}", f"{least}{wall:.0f}"]
-            )
-    return table(["variant", "seeds", "images seen", "CPU s a run", "wall s a run"], rows)
+            states = [cost["states_cpu_s"] for cost in costs if "states_cpu_s" in cost]
+            stored = f"{np.mean(states):.0f}" if states else ""
+            images = f"{costs[0]['images']:,}"
+            rows.append([arm.name, str(len(costs)), images, f"{least}{cpu:.0f}", stored, f"{least}{wall:.0f}"])
+    head = ["variant", "seeds", "images seen", "CPU s a run", "and for stored states, CPU s", "wall s a run"]
+    return table(head, rows)
 
 
 def receipts_table(arms: Sequence[Arm], baseline_of: Callable[[Arm], Arm | None]) -> str:
@@ -120,17 +143,22 @@ def receipts_table(arms: Sequence[Arm], baseline_of: Callable[[Arm], Arm | None]
     return table(["encoder", "character error rate, %", "less its initialisation"], rows)
 
 
-def write_tables(folder: Path) -> str:
+def variants_table(variants: Sequence[Arm]) -> str:
+    """Return what each variant is."""
+    return table(["variant", "what it is"], [[arm.name, arm.variant.title] for arm in variants if arm.variant])
+
+
+def write_tables(folder: Path, study: Study) -> str:
     """Return all tables of a study's folder as Markdown."""
-    arms = collect(folder)
+    arms = collect(folder, study)
     variants = [arm for arm in arms.values() if arm.kind == "variant"]
-    teachers = [arm for arm in arms.values() if arm.kind == "teacher"]
     everyone = list(arms.values())
 
     def initial(arm: Arm) -> Arm | None:
-        return arms.get(initial_of(arm.name)) if arm.kind == "variant" else None
+        return initial_of(arm, arms)
 
-    parts = [
+    parts = [variants_table(variants)]
+    parts += [
         f"### {title}, top-1 %\n\n{figures_table(everyone, metric)}"
         for metric, title in METRICS.items()
         if any(key[1] == metric for arm in everyone for key in arm.figures)
@@ -141,8 +169,7 @@ def write_tables(folder: Path) -> str:
             others = [arm for arm in variants if arm.name != rival]
             text = differences_table(others, lambda _, rival=rival: arms[rival], list(METRICS))
             parts.append(f"### Less {rival}, points\n\n{text}")
-    if INITIAL in arms:
-        parts.append(f"### Gap to the best teacher\n\n{gap_table(variants, arms[INITIAL], teachers)}")
+    parts.append(f"### Gap to the best teacher\n\n{gap_table(variants, arms)}")
     if any(RECEIPTS in arm.figures for arm in everyone):
         parts.append(f"### Reading receipts\n\n{receipts_table(everyone, initial)}")
     parts.append(f"### Cost\n\n{costs_table(variants)}")
@@ -166,12 +193,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--into", type=Path, help="page whose marked part is replaced")
+    parser.add_argument("--study", type=Path, default=STUDY)
     asked = parser.parse_args()
-    text = write_tables(asked.folder)
+    folder = asked.folder.resolve()
+    # Titles, seeds and teachers are all that is read of the recipes: where assets lie does not matter.
+    text = write_tables(folder, read_study(asked.study, folder.name, folder.parent, folder.parent))
     (asked.folder / "results.md").write_text(text, encoding="utf-8")
     if asked.into is not None:
         page = asked.into.read_text("utf-8")
-        asked.into.write_text(put_between(page, asked.folder.resolve().name, text), encoding="utf-8")
+        asked.into.write_text(put_between(page, folder.name, text), encoding="utf-8")
 
 
 if __name__ == "__main__":

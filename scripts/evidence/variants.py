@@ -16,6 +16,9 @@ import yaml
 Tool = Literal["distill", "lightly_train"]
 
 
+INITIAL = "initialisation"
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to train the student.
@@ -24,10 +27,10 @@ class Variant:
         name: of its folder and of its row in the tables.
         title: what a reader sees.
         tool: who trains it.
-        recipe: of `distill fit`; for another tool the one whose student, teacher and images it is given.
+        recipe: of `distill fit`; for another tool what it is given of one, and `arguments` of its own.
         states: name of the folder with the teachers' states, shared by variants that need the same; empty runs the
             teachers in training.
-        views: how many random views of each training image are stored, where the recipe augments.
+        views: how many random crops of each training image are stored, where the recipe crops.
     """
 
     name: str
@@ -36,6 +39,21 @@ class Variant:
     recipe: dict[str, Any]
     states: str
     views: int = 1
+
+    @property
+    def crops(self) -> bool:
+        """Whether training sees random crops, which depend on the seed."""
+        return "crop_scale_min" in self.recipe["data"].get("augment", {})
+
+    @property
+    def initial(self) -> str:
+        """What its student began as; variants named "random" have a beginning of their own."""
+        return f"{INITIAL} of {self.name}" if "random" in self.name else INITIAL
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of its teachers."""
+        return tuple(self.recipe["model"]["teachers"])
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,7 @@ class Study:
         variants: in the order they are run.
         first_seed_only: names of variants that are run once.
         closer_look: further probes, of some.
+        report: name of the variant whose first run gets a report; empty for none.
     """
 
     name: str
@@ -76,6 +95,23 @@ class Study:
     variants: tuple[Variant, ...]
     first_seed_only: tuple[str, ...]
     closer_look: CloserLook
+    report: str = ""
+
+    def states_name(self, variant: Variant, seed: int) -> str | None:
+        """Return the name of the folder of a variant's teacher states; None where the teachers run in training."""
+        if not variant.states:
+            return None
+        name = f"{variant.states}-{self.img_size_px}"
+        return f"{name}-seed{seed}" if variant.crops else name
+
+    def runs(self) -> list[tuple[Variant, int]]:
+        """Return variants and seeds in the order they are run."""
+        return [
+            (variant, seed)
+            for seed in self.seeds
+            for variant in self.variants
+            if seed == self.seeds[0] or variant.name not in self.first_seed_only
+        ]
 
 
 def with_changes(recipe: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,7 +161,10 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
     looked_at = tuple(closer.get("variants", ()))
     unknown = [variant for variant in setting["variants"] if variant not in content["variants"]]
     once = tuple(setting.get("first_seed_only", ()))
-    unknown += [variant for variant in (*looked_at, *once) if variant not in setting["variants"]]
+    report = str(setting.get("report", ""))
+    unknown += [
+        variant for variant in (*looked_at, *once, *filter(None, [report])) if variant not in setting["variants"]
+    ]
     if unknown:
         raise ValueError(f"{file}: the setting {name!r} names unknown variants: {', '.join(unknown)}.")
     places = {"../shared/assets": str(assets), "runs/evidence": str(work)}
@@ -142,6 +181,7 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
         tuple(variants),
         once,
         CloserLook(looked_at, tuple(closer.get("rungs", ())), bool(closer.get("reads_receipts", False))),
+        report,
     )
 
 
@@ -150,9 +190,23 @@ def _variant(
 ) -> Variant:
     base = yaml.safe_load((folder / entry["base"]).read_text("utf-8"))
     recipe = _placed(with_changes(base, {**shared, **entry.get("changes", {})}), places)
-    return Variant(
-        name, entry["title"], entry.get("tool", "distill"), recipe, entry.get("states", ""), entry.get("views", 1)
-    )
+    tool = entry.get("tool", "distill")
+    if tool != "distill":
+        recipe = {**_of_a_recipe(recipe), "arguments": entry.get("arguments", {})}
+    return Variant(name, entry["title"], tool, recipe, entry.get("states", ""), entry.get("views", 1))
+
+
+def _of_a_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what another tool is given of a recipe: models, and how many images of which size and batch."""
+    model, data = recipe["model"], recipe["data"]
+    students = copy.deepcopy(model["students"])
+    for spec in students.values():
+        spec["init_args"].pop("frozen", None)
+    return {
+        "trainer": {"max_epochs": recipe["trainer"]["max_epochs"]},
+        "model": {"students": students, "teachers": model["teachers"]},
+        "data": {key: data[key] for key in ("global_batch_size", "samples_per_epoch")},
+    }
 
 
 def _placed(value: Any, places: Mapping[str, str]) -> Any:

@@ -52,6 +52,7 @@ STUDY = {
             "rungs": ["knn", "linear"],
             "seeds": [0],
             "variants": ["ours"],
+            "report": "ours",
         }
     },
 }
@@ -92,6 +93,9 @@ def test_the_study_goes_on_where_it_was_stopped_and_ends_in_tables(assets: Path,
     for row in ("initialisation", "| ours |", "teacher teacher"):
         assert row in text
     run = runs / "ours-seed0"
+    shown = json.loads((run / "probe.json").read_text())
+    assert [encoder["role"] for encoder in shown["encoders"]] == ["initial", "student", "teacher"]
+    assert (runs / "report.html").stat().st_size > 10_000
     cost = json.loads((run / "cost.json").read_text())
     assert cost["images"] == 8
     assert cost["cpu_s"] > 0
@@ -100,7 +104,7 @@ def test_the_study_goes_on_where_it_was_stopped_and_ends_in_tables(assets: Path,
     (run / "judge" / "trashnet.json").unlink()
     second = run_study("tiny", configs / "study.yaml", assets, work)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("there already") == 3
+    assert second.stdout.count("there already") == 5
     assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == trained
     assert (runs / "results.md").read_text() == text
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 from students import TimmStudent
 from teachers import TimmTeacher
@@ -23,6 +24,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import collect  # noqa: E402
 import intervals  # noqa: E402
+import peer  # noqa: E402
 import pooled  # noqa: E402
 import prepare  # noqa: E402
 import study  # noqa: E402
@@ -38,7 +40,9 @@ def arm(name: str, seeds: dict[int, list[int]], groups: list[int] | None = None)
     for seed, right in seeds.items():
         count = len(right)
         own_groups = np.asarray(groups if groups is not None else range(count), dtype=np.int64)
-        figures[seed] = collect.Parts(np.arange(count), np.asarray(right, dtype=np.float64), np.ones(count), own_groups)
+        figures[seed] = collect.Parts(
+            "images", np.arange(count), np.asarray(right, dtype=np.float64), np.ones(count), own_groups
+        )
     return collect.Arm(name, "variant", {KEY: figures})
 
 
@@ -137,19 +141,21 @@ def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["ours", "pooled_mse", "resnet50_alone", "both_teachers", "token_gram"])
+@pytest.mark.parametrize(
+    "name", ["ours", "pooled_mse", "lite2_random", "vit_random", "resnet50_alone", "both_teachers", "k_2", "token_gram"]
+)
 def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     from distill.cli import main
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    setting = "ablation" if name == "token_gram" else "full"
+    setting = "ablation" if name in ("k_2", "token_gram") else "full"
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path, tmp_path)
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(next(variant.recipe for variant in read.variants if variant.name == name)))
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", str(file), "--dry_run", "true"])
     assert stop.value.code == 0
-    assert "student tinyvit" in capsys.readouterr().out
+    assert f"student {'vit' if name == 'vit_random' else 'tinyvit'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,8 @@ def test_every_setting_reads_and_puts_real_folders_in(setting: str, first: list[
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path / "assets", tmp_path / "work")
     assert [variant.name for variant in read.variants][:2] == first
     for variant in read.variants:
-        assert variant.recipe["data"]["train"] == str(tmp_path / "work" / "data" / "train")
+        if variant.tool == "distill":
+            assert variant.recipe["data"]["train"] == str(tmp_path / "work" / "data" / "train")
         assert "../shared" not in yaml.safe_dump(variant.recipe)
 
 
@@ -203,9 +210,15 @@ def test_the_spread_over_seeds_widens_the_interval() -> None:
 def test_other_test_images_are_refused() -> None:
     one, other = arm("a", {0: [1] * 10}), arm("b", {0: [1] * 10})
     parts = other.figures[KEY][0]
-    other.figures[KEY][0] = collect.Parts(parts.rows + 1, parts.numerator, parts.denominator, parts.groups)
-    with pytest.raises(ValueError, match="other images"):
-        intervals.difference(one, other, [KEY])
+    for changed in ({"rows": parts.rows + 1}, {"data": "others"}, {"groups": parts.groups // 2}):
+        other.figures[KEY][0] = dataclasses.replace(parts, **changed)
+        with pytest.raises(ValueError, match="other images"):
+            intervals.difference(one, other, [KEY])
+        with pytest.raises(ValueError, match="other images"):
+            intervals.gap_closed(one, one, other, [KEY])
+        seeds = collect.Arm("a", "variant", {KEY: {0: parts, 1: other.figures[KEY][0]}})
+        with pytest.raises(ValueError, match="seeds were judged on other images"):
+            seeds.values(KEY)
 
 
 def test_the_gap_is_closed_by_half() -> None:
@@ -223,7 +236,7 @@ def test_a_table_has_each_arm_with_its_images_and_the_spread_over_seeds() -> Non
     assert "| initialisation | 1 | 25.0 | 25.0 |" in text
     assert "| ours | 2 | 62.5 ± 17.7 | 62.5 |" in text
     less = tables.differences_table([several], lambda _: arm("initialisation", {0: [1, 0, 0, 0]}), ["knn_top1"])
-    assert "| ours | initialisation | kNN | +37.5 [" in less
+    assert "| ours | initialisation | 2, 1 | kNN | +37.5 [" in less
 
 
 def test_a_step_that_is_done_is_not_repeated_and_a_failing_one_shows_its_log(tmp_path: Path) -> None:
@@ -238,43 +251,89 @@ def test_a_step_that_is_done_is_not_repeated_and_a_failing_one_shows_its_log(tmp
         study.run_logged(words, tmp_path / "log")
 
 
-def judgings(read: variants.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What judge.py would be told by the steps of a study, in order."""
+def judgings(read: variants.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """Encoder, role and folder of what judge.py would be told by the steps of a study, in order."""
     told: list[list[str]] = []
-    monkeypatch.setattr(study, "run_logged", lambda words, *_: told.append(words) or (0.0, 0.0))
+    monkeypatch.setattr(study, "run_logged", lambda words, *_: told.append(words) or study.Cost(0.0, 0.0))
     for step in study.Driver(read, tmp_path / "work", tmp_path / "assets", Path("python")).steps():
         step.do()
-    return [words[2:] for words in told if words[1].endswith("judge.py")]
+    of_judge = [words for words in told if words[1].endswith("judge.py")]
+    runs = tmp_path / "work" / "full"
+    return [
+        (
+            str(Path(words[2]).relative_to(runs)),
+            words[words.index("--role") + 1],
+            str(Path(words[words.index("--out") + 1]).relative_to(runs)),
+        )
+        for words in of_judge
+    ]
 
 
-def test_the_first_run_is_judged_with_its_company_and_a_later_one_alone(
+def test_each_student_is_judged_and_each_initialisation_and_teacher_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path / "assets", tmp_path / "work")
     found = judgings(dataclasses.replace(read, seeds=(0, 1)), tmp_path, monkeypatch)
-    closer = [words for words in found if "attentive" in words]
-    assert [Path(words[0]).parts[-2:] for words in closer] == [
-        ("full", "ours-seed0"),
-        ("lightly_train-seed0", "encoder.yaml"),
-        ("full", "ours_long-seed0"),
+    students = [encoder for encoder, role, out in found if role == "student" and not out.endswith("closer")]
+    assert students[: len(read.variants)] == [
+        f"{variant.name}-seed0" + ("/encoder.yaml" if variant.tool == "lightly_train" else "")
+        for variant in read.variants
     ]
-    assert all("--receipts" in words for words in closer)
-    runs = [Path(words[0]) for words in found]
-    assert [run.name for run in runs if "seed1" in str(run)] == [
+    assert students[len(read.variants) :] == [
         "ours-seed1",
-        "encoder.yaml",
+        "lightly_train-seed1/encoder.yaml",
         "ours_long-seed1",
         "pooled_mse-seed1",
     ]
-    with_company = [Path(words[0]).name for words in found if "--alone" not in words]
-    # LightlyTrain's file names one encoder, which --alone changes nothing of.
-    assert with_company == [
-        "ours-seed0",
-        "lite2_random-seed0",
-        "vit_random-seed0",
-        "resnet50_alone-seed0",
-        "ours-seed0",
+    assert [(encoder, out) for encoder, role, out in found if role != "student"] == [
+        ("ours-seed0", "company/initial_initialisation/judge"),
+        ("ours-seed0", "company/teacher_lite2/judge"),
+        ("lite2_random-seed0", "company/initial_initialisation_of_lite2_random/judge"),
+        ("vit_random-seed0", "company/initial_initialisation_of_vit_random/judge"),
+        ("resnet50_alone-seed0", "company/teacher_resnet50/judge"),
+        ("both_teachers-seed0", "company/teacher_lite2_and_resnet50/judge"),
+        ("ours-seed0", "company/initial_initialisation/judge/closer"),
+        ("ours-seed0", "company/teacher_lite2/judge/closer"),
     ]
+    assert [encoder for encoder, role, out in found if role == "student" and out.endswith("closer")] == [
+        "ours-seed0",
+        "lightly_train-seed0/encoder.yaml",
+        "ours_long-seed0",
+    ]
+
+
+def test_stored_states_depend_on_the_seed_where_images_are_cropped(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    names = {variant.name: read.states_name(variant, 1) for variant in read.variants}
+    assert names["ours"] == "lite2-crops-224-seed1"
+    assert names["no_crops"] == "lite2-224"
+    assert names["lightly_train"] is None
+
+
+def test_states_with_another_number_of_views_are_refused(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path / "assets", tmp_path)
+    driver = study.Driver(read, tmp_path, tmp_path / "assets", None)
+    done = tmp_path / "states" / "lite2-crops-224-seed0" / "complete.json"
+    done.parent.mkdir(parents=True)
+    step = next(step for step in driver.steps() if step.title.endswith("lite2-crops-224-seed0"))
+    assert not step.is_done()
+    done.write_text(json.dumps({"cpu_s": 1.0, "wall_s": 1.0, "views": 2}))
+    assert step.is_done()
+    done.write_text(json.dumps({"cpu_s": 1.0, "wall_s": 1.0, "views": 4}))
+    with pytest.raises(study.StepError, match="has 4 views .* wants 2"):
+        step.is_done()
+
+
+def test_another_tool_is_given_what_it_reads_and_nothing_else(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path / "assets", tmp_path / "work")
+    by_name = {variant.name: variant for variant in read.variants}
+    own, tuned = by_name["lightly_train"].recipe, by_name["lightly_train_tuned"].recipe
+    assert own["data"] == {"global_batch_size": 8, "samples_per_epoch": 3200}
+    assert own["model"]["teachers"] == by_name["ours"].recipe["model"]["teachers"]
+    assert "frozen" not in own["model"]["students"]["tinyvit"]["init_args"]
+    assert own["arguments"] == {}
+    assert {**tuned, "arguments": {}} == own
+    assert tuned["arguments"]["optim_args"]["lr"] > 0
 
 
 def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -287,7 +346,7 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> No
     assert driver.steps()
     earlier = {**ours.recipe, "trainer": {**ours.recipe["trainer"], "max_epochs": 7}}
     (run / "recipe.yaml").write_text(driver.recipe_of(dataclasses.replace(ours, recipe=earlier), 0, run))
-    with pytest.raises(study.StepError, match=r"(?s)ours-seed0.*Move .* away"):
+    with pytest.raises(study.StepError, match=r"(?s)ours-seed0.*Move .* out of"):
         driver.steps()
     assert "max_epochs: 7" in (run / "recipe.yaml").read_text()
 
@@ -295,8 +354,105 @@ def test_a_run_of_another_recipe_is_refused_and_left_alone(tmp_path: Path) -> No
 def test_cpu_time_counts_what_a_step_and_its_children_used(tmp_path: Path) -> None:
     burn = "import time; end = time.process_time() + 0.3\nwhile time.process_time() < end: pass"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
-    cpu_s, _ = study.run_logged([sys.executable, "-c", nested], tmp_path / "log")
-    assert cpu_s >= 0.3
+    assert study.run_logged([sys.executable, "-c", nested], tmp_path / "log").cpu_s >= 0.3
+
+
+def write_judged(file: Path, role: str, right: dict[str, list[int]], rung: str = "knn") -> None:
+    """A result file of `distill probe` with one figure an encoder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors, listing = {}, []
+    for number, (name, answers) in enumerate(right.items()):
+        count = len(answers)
+        parts = {
+            "rows": np.arange(count),
+            "numerator": np.asarray(answers, dtype=np.float64)[:, None],
+            "denominator": np.ones((count, 1)),
+            "groups": np.arange(count),
+        }
+        tensors |= {f"E{number}/{part}": values for part, values in parts.items()}
+        listing.append({"encoder": name, "metric": f"{rung}_top1", "prefix": f"E{number}", "data": file.stem})
+    beside = file.with_name(file.stem + ".per_image.safetensors")
+    save_file(tensors, beside)
+    content = {
+        "format": "distill-probe/2",
+        "data": {"fingerprint": file.stem},
+        "encoders": [{"name": name, "role": role} for name in right],
+        "per_image": beside.name,
+        "tensors": listing,
+    }
+    file.write_text(json.dumps(content))
+
+
+def receipts(file: Path, role: str, name: str, edits: list[int]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(range(len(edits)))
+    entry = {"role": role, "data": "lines", "rows": rows, "edits": edits, "characters": [10] * len(edits)}
+    file.write_text(json.dumps({name: {**entry, "groups": rows}}))
+
+
+def test_the_files_of_a_study_become_its_tables(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    folder = tmp_path / "full"
+    first, rest = [1] * 10, [0] * 20
+    for dataset in ("trashnet", "dtd10"):
+        company = folder / "company"
+        initial = company / "initial_initialisation" / "judge"
+        write_judged(initial / f"{dataset}.json", "initial", {"tinyvit (initial)": [0] * 10 + [1] * 5 + [0] * 15})
+        write_judged(company / "teacher_lite2" / "judge" / f"{dataset}.json", "teacher", {"lite2": [1] * 25 + [0] * 5})
+        for seed, right in ((0, first + [1] * 5 + rest[:15]), (1, first + [1] * 7 + rest[:13])):
+            write_judged(folder / f"ours-seed{seed}" / "judge" / f"{dataset}.json", "student", {"tinyvit": right})
+        closer = folder / "ours-seed0" / "judge" / "closer" / f"{dataset}.json"
+        write_judged(closer, "student", {"tinyvit": first + rest}, "attentive")
+        write_judged(folder / "lite2_random-seed0" / "judge" / f"{dataset}.json", "student", {"tinyvit": first + rest})
+        begun = company / "initial_initialisation_of_lite2_random" / "judge" / f"{dataset}.json"
+        write_judged(begun, "initial", {"tinyvit (initial)": [1] * 2 + [0] * 28})
+        # What the study does not have is no arm.
+        write_judged(folder / "ours-seed0.old" / "judge" / f"{dataset}.json", "student", {"tinyvit": [0] * 30})
+        write_judged(folder / "forgotten-seed0" / "judge" / f"{dataset}.json", "student", {"tinyvit": [0] * 30})
+    receipts(folder / "ours-seed0" / "judge" / "closer" / "receipts.json", "student", "tinyvit", [1, 2, 3])
+    receipts(
+        folder / "company" / "initial_initialisation" / "judge" / "closer" / "receipts.json", "initial", "i", [2, 4, 6]
+    )
+    cost = {"cpu_s": 600.0, "wall_s": 700.0, "images": 6400, "is_whole": True}
+    (folder / "ours-seed0" / "cost.json").write_text(json.dumps(cost))
+    states = tmp_path / "states" / "lite2-crops-224-seed0"
+    states.mkdir(parents=True)
+    (states / "complete.json").write_text(json.dumps({"cpu_s": 200.0, "wall_s": 210.0}))
+    arms = collect.collect(folder, read)
+    assert list(arms) == [
+        "initialisation",
+        "initialisation of lite2_random",
+        "ours",
+        "lite2_random",
+        "teacher lite2",
+    ]
+    text = tables.write_tables(folder, read)
+    assert "| ours | 2 | 53.3 ± 4.7 | 53.3 ± 4.7 | 53.3 |" in text
+    assert "| ours | 1 | 33.3 | 33.3 | 33.3 |" in text  # the attentive probe, of the first seed
+    assert "| lite2_random | initialisation of lite2_random | 1, 1 | kNN | +26.7" in text
+    assert "| ours | 2 | initialisation | teacher lite2 | 55 %" in text
+    assert "| lite2_random | 1 | initialisation of lite2_random | teacher lite2 | 35 %" in text
+    assert "| ours | 20.0 | -20.0" in text  # characters wrong on receipts
+    assert "| ours | 1 | 6,400 | 600 | 200 | 700 |" in text
+    assert "forgotten" not in text
+
+
+def test_tables_of_nothing_are_refused(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="no judged run"):
+        collect.collect(tmp_path / "full", read)
+
+
+def test_lightly_train_sees_images_as_the_teacher_knows_them() -> None:
+    spec = {"image_mean": [0.485, 0.458, 0.408], "image_std": [0.004, 0.004, 0.004]}
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (peer.IMAGENET_MEAN, peer.IMAGENET_STD))
+    given = (images / 255 - mean) / std
+    for order in ("rgb", "bgr"):
+        (found,) = peer.OwnNormalisation(spec["image_mean"], spec["image_std"], order)(torch.nn.Identity(), (given,))
+        own, scale = (torch.tensor(spec[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
+        wanted = (images / 255 - own) / scale
+        torch.testing.assert_close(found, wanted.flip(1) if order == "bgr" else wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_tables_go_between_the_marks_of_a_page_and_nowhere_else() -> None:

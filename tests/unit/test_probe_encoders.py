@@ -68,15 +68,16 @@ def test_a_run_brings_its_initialisation_its_student_and_its_teacher(run: Path) 
 def test_only_the_encoders_that_were_asked_for_are_loaded(run: Path) -> None:
     (alone,) = resolve_encoders(str(run), roles=["student"])
     assert (alone.name, alone.role) == ("small", "student")
-    assert [role for _, role in roles(resolve_encoders(str(run), roles=["teacher", "initial"]))] == [
-        "initial",
-        "teacher",
-    ]
+    both = resolve_encoders(str(run), roles=["teacher", "initial"])
+    assert [entry.role for entry in both] == ["initial", "teacher"]
+    with pytest.raises(ConfigError, match="--roles leaves no encoder"):
+        resolve_encoders(str(run), [str(run)], roles=[])
+
+
+def test_an_export_that_is_named_is_loaded_whatever_roles_are_asked_for(run: Path) -> None:
     export = timm_directory(run / "exports" / "timm")
-    (export / "manifest.json").write_text(json.dumps({"student": "small", "which": "last"}))
-    assert roles(resolve_encoders(str(export), roles=["student"])) == [("small (timm)", "student")]
-    with pytest.raises(ConfigError, match="--roles other leaves no encoder"):
-        resolve_encoders(str(run), roles=["other"])
+    (export / "manifest.json").write_text(json.dumps({"student": "small", "which": "initial"}))
+    assert roles(resolve_encoders(str(export), roles=["student"])) == [("small (timm)", "other")]
 
 
 def test_an_export_inside_a_run_brings_the_initialisation_and_the_teacher(run: Path) -> None:
