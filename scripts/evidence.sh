@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The evidence study: real weights, real images, against LightlyTrain at equal images seen. See docs/results.md.
 #   bash scripts/evidence.sh          the main comparison, small
-#   bash scripts/evidence.sh full     the whole study: hours
+#   bash scripts/evidence.sh full     the whole study, 224 px: hours
+#   bash scripts/evidence.sh large    the main comparison at 448 px: hours
 #   bash scripts/evidence.sh ablation each choice of the recipe changed by itself: hours
 # Images and weights: ../shared/assets, or the folder in ASSETS; results: runs/evidence, or the folder in WORK. Stopped by
 # whatever, the same command goes on. LIGHTLY=no leaves LightlyTrain out; LIGHTLY_VENV names an environment that has it.

@@ -160,7 +160,12 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("setting", "first"),
-    [("quick", ["ours", "lightly_train"]), ("full", ["ours", "lightly_train"]), ("ablation", ["no_crops", "k_2"])],
+    [
+        ("quick", ["ours", "lightly_train"]),
+        ("full", ["ours", "lightly_train"]),
+        ("large", ["ours", "lightly_train"]),
+        ("ablation", ["no_crops", "k_2"]),
+    ],
 )
 def test_every_setting_reads_and_puts_real_folders_in(setting: str, first: list[str], tmp_path: Path) -> None:
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path / "assets", tmp_path / "work")
