@@ -44,13 +44,20 @@ class OptimConfig:
 
 
 def parameter_groups(students: nn.Module, heads: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Return AdamW's groups: students and heads, each with and without weight decay; frozen parameters in none."""
+    """Return AdamW's groups: students and heads, each with and without weight decay; frozen parameters in none.
+
+    Raises:
+        ConfigError: every parameter is frozen.
+    """
     groups: list[dict[str, Any]] = []
     for name, module, lr in (("student", students, config.lr_student), ("heads", heads, config.lr_heads)):
         decayed, plain = split_by_decay(module.named_parameters())
         groups.append({"name": name, "params": decayed, "lr": lr, "weight_decay": config.weight_decay})
         groups.append({"name": f"{name}_no_decay", "params": plain, "lr": lr, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
+    found = [group for group in groups if group["params"]]
+    if not found:
+        raise ConfigError("Nothing is left to train: leave a module of a student out of its `frozen`, or add a head.")
+    return found
 
 
 def split_by_decay(

@@ -26,6 +26,11 @@ def test_every_trainable_parameter_is_in_exactly_one_group_and_frozen_ones_in_no
     assert sorted(ids) == sorted(id(p) for m in (student, heads) for p in m.parameters() if p.requires_grad)
 
 
+def test_a_run_that_would_train_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Nothing is left to train"):
+        parameter_groups(Student().requires_grad_(False), nn.Identity(), OptimConfig())
+
+
 def test_only_matrices_decay() -> None:
     groups = {group["name"]: group for group in parameter_groups(Student(), nn.Linear(4, 8), OptimConfig())}
     assert [tuple(p.shape) for p in groups["student"]["params"]] == [(4, 4)]
