@@ -305,7 +305,7 @@ def perform(steps: list[Step], console: Console) -> None:
 def main() -> int:
     """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", help="quick or full, of study.yaml")
+    parser.add_argument("setting", help="quick, full, large or ablation, of study.yaml")
     parser.add_argument("--study", type=Path, default=ROOT / "configs" / "evidence" / "study.yaml")
     parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence")
@@ -314,12 +314,12 @@ def main() -> int:
     # Ctrl-C reaches the running step by itself; a plain kill has to be handed on.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console, work, assets = Console(), asked.work.resolve(), asked.assets.resolve()
-    study = read_study(asked.study, asked.setting, assets, work)
-    driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute())
     try:
+        study = read_study(asked.study, asked.setting, assets, work)
+        driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute())
         perform(driver.steps(), console)
         driver.conclude(asked.study)
-    except StepError as error:
+    except (StepError, ValueError) as error:
         console.print(str(error), markup=False, highlight=False)
         return 1
     console.print(f"Tables: {driver.runs / 'results.md'}", markup=False, highlight=False)

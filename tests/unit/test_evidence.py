@@ -134,9 +134,13 @@ def test_a_change_replaces_one_value_and_leaves_the_recipe_alone() -> None:
         variants.with_changes(recipe, {"model.optimiser.lr": 1})
 
 
-def test_an_unknown_setting_is_refused_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="quick"):
-        variants.read_study(CONFIGS / "study.yaml", "tiny", tmp_path, tmp_path)
+def test_an_unknown_setting_is_refused_with_the_known_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["study.py", "tiny", "--work", str(tmp_path)])
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+    assert study.main() == 1
+    assert "no setting 'tiny'; it has quick, full" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
