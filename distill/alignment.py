@@ -34,6 +34,7 @@ class AlignmentConfig:
         loss: by class_path, for example distill.losses.SmoothL1; null means distill.losses.NegativeCosine.
         standardise: what is done to the teacher's tokens: "none", "mean_std", "phi_s", or "procrustes", which gives
             them the student's width and axes, for head "none"; see `distill.standardise.Standardiser`.
+        whitening: for "procrustes", from 0 to 1: how far the teacher's directions are brought to the same variance.
         prefix_weight: share of the loss, from 0 to 1, that goes to prefix tokens where both sides have them; the rest
             goes to the patch tokens.
         layer_weights: weight of each paired layer, oldest first; null means equal. They are scaled to sum to 1.
@@ -51,6 +52,7 @@ class AlignmentConfig:
     head: HeadKind = "layer_norm_linear"
     loss: Loss | None = None
     standardise: StandardiseMode = "none"
+    whitening: float = 0.0
     prefix_weight: float = 0.1
     layer_weights: list[float] | None = None
     weight: float = 1.0
@@ -78,7 +80,7 @@ class Alignment(nn.Module):
         depth = config.num_layers
         student_dims, self.teacher_dims = student.layer_dims[-depth:], teacher.layer_dims[-depth:]
         standardisers = [
-            Standardiser(config.standardise, target, own)
+            Standardiser(config.standardise, target, own, config.whitening)
             for own, target in zip(student_dims, self.teacher_dims, strict=True)
         ]
         self.target_dims = [module.out_dim for module in standardisers]
@@ -265,6 +267,10 @@ def check_alignment(config: AlignmentConfig, student: Encoder, teacher: Encoder,
             f"{name}: head none needs equal widths, but the student has {student_dims} and the teacher "
             f"{teacher_dims}; use head layer_norm_linear, standardise procrustes, or the loss distill.losses.TokenGram."
         )
+    if not 0 <= config.whitening <= 1:
+        raise ConfigError(f"{name}: whitening {config.whitening} must be from 0 to 1.")
+    if config.whitening and config.standardise != "procrustes":
+        raise ConfigError(f"{name}: whitening is for standardise procrustes, not {config.standardise}.")
     if config.head != "none" and config.standardise == "procrustes":
         raise ConfigError(f"{name}: standardise procrustes gives targets of the student's width; use head none.")
     if config.head != "none" and not loss.needs_head:
@@ -280,6 +286,7 @@ def describe(config: AlignmentConfig) -> dict[str, Any]:
         "head": config.head,
         "loss": type(config.loss or NegativeCosine()).__name__,
         "standardise": config.standardise,
+        "whitening": config.whitening,
         "prefix_weight": config.prefix_weight,
         "domains": config.domains or "all",
     }

@@ -32,11 +32,15 @@ class Standardiser(nn.Module):
             same equal variances for any width. "procrustes" gives targets of the student's width, for `head: none`:
             centred, turned to as many principal directions as the student has channels, rotated to where the
             untrained student's own tokens, centred too, are nearest (orthogonal Procrustes), and divided by one scalar,
-            so that the kept directions have a mean variance of 1. Angles stay, up to what the left-out directions held,
-            and the student does not begin by learning a change of axes. A teacher narrower than the student leaves the
-            other directions 0.
+            so that the kept directions have a mean variance of 1. Without `whitening`, angles stay, up to what the
+            left-out directions held. The student does not begin by learning a change of axes. A teacher narrower than
+            the student leaves the other directions 0.
         dim: D.
         student_dim: S, for "procrustes".
+        whitening: for "procrustes", from 0 to 1: each principal direction is divided by its standard deviation to this
+            power. What a student learns of its teacher is mostly the few largest directions, and its features end up
+            in fewer of them than the teacher's; whitening makes the smaller ones worth learning. At 1 all directions
+            have the same variance.
     """
 
     mean: Tensor
@@ -44,9 +48,10 @@ class Standardiser(nn.Module):
     rotation: Tensor
     is_calibrated: Tensor
 
-    def __init__(self, mode: StandardiseMode, dim: int, student_dim: int = 0) -> None:
+    def __init__(self, mode: StandardiseMode, dim: int, student_dim: int = 0, whitening: float = 0.0) -> None:
         super().__init__()
         self.mode = mode
+        self.whitening = whitening
         self.dim = dim
         self.reads_student = mode == "procrustes"
         self.out_dim = student_dim if self.reads_student else dim
@@ -81,7 +86,7 @@ class Standardiser(nn.Module):
             self.scale.copy_(variance.clamp_min(floor).rsqrt())
         else:
             if self.mode == "procrustes":
-                rotation, variance = nearest_directions(covariance, self.dim)
+                rotation, variance = nearest_directions(covariance, self.dim, self.whitening)
             else:
                 rotation, variance = equal_variances(covariance)
             self.rotation.copy_(rotation)
@@ -152,7 +157,7 @@ class FeatureStatistics:
         return mean, covariance
 
 
-def nearest_directions(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def nearest_directions(covariance: Tensor, dim: int, whitening: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return a map of teacher tokens into the student's channels, and the variance a channel that it leaves.
 
     The teacher's principal directions, as many as the student has channels, turned by the rotation that brings them
@@ -162,15 +167,19 @@ def nearest_directions(covariance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     Args:
         covariance: `[D + S, D + S]`, of teacher tokens beside the student's.
         dim: D.
+        whitening: power of its standard deviation that each direction is divided by, before the rotation.
 
     Returns:
         `[S, D]`, and a scalar: the mean variance over the directions kept.
     """
     kept = min(dim, covariance.shape[0] - dim)
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance[:dim, :dim])
-    directions = eigenvectors[:, -kept:]
+    variances = eigenvalues[-kept:]
+    floor = VARIANCE_FLOOR * eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    factors = variances.clamp_min(floor).pow(-whitening / 2)
+    directions = eigenvectors[:, -kept:] * factors
     left, _, right = torch.linalg.svd(directions.T @ covariance[:dim, dim:], full_matrices=False)
-    return (directions @ left @ right).T, eigenvalues[-kept:].mean()
+    return (directions @ left @ right).T, (variances * factors.square()).mean()
 
 
 def equal_variances(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,6 +122,29 @@ def test_procrustes_gives_the_students_width_keeps_angles_and_is_as_near_as_a_ro
         assert (other - own).square().mean() > nearest
 
 
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_whitening_divides_each_direction_by_its_standard_deviation_to_a_power(whitening: float) -> None:
+    scales = torch.linspace(0.5, 8, 12)
+    turn = torch.linalg.qr(torch.randn(12, 12))[0]
+    teacher = torch.randn(20_000, 12) * scales @ turn + 3
+    # The student's tokens are the wanted targets themselves: what is nearest to them is what is asked for.
+    wanted = (teacher - teacher.mean(0)) @ turn.T * scales.pow(-whitening)
+    standardiser = Standardiser("procrustes", 12, 12, whitening)
+    standardiser.calibrate(beside(teacher, wanted))
+    y = standardiser(teacher)
+    assert torch.cosine_similarity(y, wanted, dim=1).min() > 0.99
+    assert y.var(0).mean() == pytest.approx(1, rel=1e-3)
+    assert torch.allclose(y.std(0) / y.std(0).max(), scales.pow(1 - whitening) / 8 ** (1 - whitening), atol=0.03)
+
+
+def test_whitening_leaves_dead_directions_dead() -> None:
+    teacher = torch.randn(4000, 6) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1e-9, 0.0, 0.0]))
+    standardiser = Standardiser("procrustes", 6, 6, 1.0)
+    standardiser.calibrate(beside(teacher, teacher))
+    assert standardiser(teacher).isfinite().all()
+    assert int((standardiser(teacher).std(0) > 0.01).sum()) == 3
+
+
 def test_procrustes_places_a_narrower_teacher_in_the_students_channels() -> None:
     teacher = torch.randn(4000, 4) * 5
     student = teacher @ torch.linalg.qr(torch.randn(10, 4))[0].T
