@@ -59,6 +59,19 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return negative_cosine(student.float().mean(1), teacher.float().mean(1))
 
 
+def centred_mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return minus the cosine of the two means over tokens, each less its mean over the batch: a scalar in [-1, 1].
+
+    What all images of a batch share is learned first, and a student that is unsure falls back on it: its pooled
+    features come to differ less from image to image than the teacher's. Without the shared part, only differences
+    count. A batch of one image has none, and its cosine is that of `mean_cosine`.
+    """
+    own, target = student.float().mean(1), teacher.detach().float().mean(1)
+    if own.shape[0] > 1:
+        own, target = own - own.mean(0), target - target.mean(0)
+    return negative_cosine(own, target)
+
+
 def smooth_l1(student: Tensor, teacher: Tensor, beta: float = 1.0) -> Tensor:
     """Return the mean Huber loss, quadratic below `beta`; meant for standardised targets.
 
@@ -104,13 +117,20 @@ class NegativeCosine:
 
 
 class MeanCosine:
-    """`mean_cosine` as a recipe names it; for a `WeightedSum` with a loss over tokens."""
+    """`mean_cosine` as a recipe names it; for a `WeightedSum` with a loss over tokens.
+
+    Args:
+        centred: take `centred_mean_cosine` instead.
+    """
 
     needs_head = True
 
+    def __init__(self, centred: bool = False) -> None:
+        self.centred = centred
+
     def compute(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return `mean_cosine(student, teacher)`."""
-        return mean_cosine(student, teacher)
+        """Return `mean_cosine(student, teacher)` or `centred_mean_cosine(student, teacher)`."""
+        return (centred_mean_cosine if self.centred else mean_cosine)(student, teacher)
 
 
 class SmoothL1:

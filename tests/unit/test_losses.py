@@ -15,6 +15,7 @@ from distill.losses import (
     SmoothL1,
     TokenGram,
     WeightedSum,
+    centred_mean_cosine,
     mean_cosine,
     mse,
     negative_cosine,
@@ -84,7 +85,7 @@ def test_token_gram_of_orthogonal_against_equal_tokens_is_one_half() -> None:
     assert token_gram(torch.eye(2)[None], torch.ones(1, 2, 3)).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, smooth_l1, mse, token_gram])
+@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, centred_mean_cosine, smooth_l1, mse, token_gram])
 def test_no_gradient_reaches_the_teacher(loss) -> None:
     student, teacher = tokens(seed=1).requires_grad_(), tokens(seed=2).requires_grad_()
     loss(student, teacher).backward()
@@ -93,7 +94,7 @@ def test_no_gradient_reaches_the_teacher(loss) -> None:
     assert student.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, smooth_l1, mse, token_gram])
+@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, centred_mean_cosine, smooth_l1, mse, token_gram])
 def test_gradients_agree_with_finite_differences(loss, monkeypatch: pytest.MonkeyPatch) -> None:
     # The losses compute in float32; gradcheck needs float64.
     monkeypatch.setattr(Tensor, "float", lambda self: self)
@@ -102,7 +103,7 @@ def test_gradients_agree_with_finite_differences(loss, monkeypatch: pytest.Monke
     assert torch.autograd.gradcheck(lambda x: loss(x, teacher), (student,))
 
 
-@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, smooth_l1, mse, token_gram])
+@pytest.mark.parametrize("loss", [negative_cosine, mean_cosine, centred_mean_cosine, smooth_l1, mse, token_gram])
 def test_bfloat16_inputs_under_autocast_give_the_float32_loss_within_rounding(loss) -> None:
     student, teacher = tokens(seed=1), tokens(seed=2)
     with torch.autocast("cpu", torch.bfloat16):
@@ -121,6 +122,22 @@ def test_a_recipe_adds_the_mean_over_tokens_to_the_token_loss() -> None:
     x, y = tokens(seed=1), tokens(seed=2)
     value = WeightedSum([NegativeCosine(), MeanCosine()], [1.0, 0.5]).compute(x, y)
     assert torch.allclose(value, negative_cosine(x, y) + 0.5 * mean_cosine(x, y))
+
+
+def test_a_centred_mean_sees_differences_between_images_alone() -> None:
+    x, y = tokens(seed=1), tokens(seed=2)
+    own, target = (values.mean(1) - values.mean((0, 1)) for values in (x, y))
+    wanted = -torch.cosine_similarity(own, target, dim=-1).mean()
+    assert torch.allclose(centred_mean_cosine(x, y), wanted, atol=1e-6)
+    shared = 5 * torch.randn(x.shape[-1])
+    assert torch.allclose(centred_mean_cosine(x + shared, y - shared), wanted, atol=1e-5)
+    assert not torch.allclose(mean_cosine(x + shared, y), mean_cosine(x, y), atol=1e-2)
+    assert torch.equal(MeanCosine(centred=True).compute(x, y), centred_mean_cosine(x, y))
+
+
+def test_a_batch_of_one_image_is_not_centred() -> None:
+    x, y = tokens(seed=1)[:1], tokens(seed=2)[:1]
+    assert torch.equal(centred_mean_cosine(x, y), mean_cosine(x, y))
 
 
 def test_a_weighted_sum_refuses_a_missing_weight() -> None:
