@@ -113,12 +113,13 @@ def collect(folder: Path, study: Study) -> dict[str, Arm]:
             arm.figures.setdefault(key, {})[seed] = parts
         if variant.name in variants and (run / "cost.json").is_file():
             variants[variant.name].costs[seed] = _cost(run, folder, study, variant, seed)
-        for _, key, parts in _judged(company(folder, "initial", variant.initial), "initial"):
-            arm = initial.setdefault(variant.initial, Arm(variant.initial, "initial"))
-            arm.figures.setdefault(key, {})[0] = parts
-        for encoder, key, parts in _judged(company(folder, "teacher", " and ".join(variant.teachers)), "teacher"):
-            arm = teachers.setdefault(encoder, Arm(f"teacher {encoder}", "teacher"))
-            arm.figures.setdefault(key, {})[0] = parts
+    # Once each, though many variants share them.
+    for name in dict.fromkeys(variant.initial for variant in study.variants):
+        for _, key, parts in _judged(company(folder, "initial", name), "initial"):
+            initial.setdefault(name, Arm(name, "initial")).figures[key] = {0: parts}
+    for names in dict.fromkeys(variant.teachers for variant in study.variants):
+        for encoder, key, parts in _judged(company(folder, "teacher", " and ".join(names)), "teacher"):
+            teachers.setdefault(encoder, Arm(f"teacher {encoder}", "teacher")).figures[key] = {0: parts}
     if not variants:
         raise ValueError(f"{folder} holds no judged run; run scripts/evidence.sh first.")
     return {arm.name: arm for arm in [*initial.values(), *variants.values(), *teachers.values()]}

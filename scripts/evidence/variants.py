@@ -162,9 +162,8 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
     unknown = [variant for variant in setting["variants"] if variant not in content["variants"]]
     once = tuple(setting.get("first_seed_only", ()))
     report = str(setting.get("report", ""))
-    unknown += [
-        variant for variant in (*looked_at, *once, *filter(None, [report])) if variant not in setting["variants"]
-    ]
+    named = {*looked_at, *once, report} - {""}
+    unknown += sorted(named.difference(setting["variants"]))
     if unknown:
         raise ValueError(f"{file}: the setting {name!r} names unknown variants: {', '.join(unknown)}.")
     places = {"../shared/assets": str(assets), "runs/evidence": str(work)}
