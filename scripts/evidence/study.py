@@ -25,7 +25,7 @@ from typing import NamedTuple
 import yaml
 from collect import company
 from rich.console import Console
-from variants import Study, Variant, read_study
+from variants import Look, Study, Variant, read_study
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -57,21 +57,6 @@ class Cost(NamedTuple):
 
     cpu_s: float
     wall_s: float
-
-
-@dataclass(frozen=True)
-class Look:
-    """Probes that judge encoders.
-
-    Attributes:
-        folder: for the results, in a run's folder.
-        rungs: probes on the data sets.
-        reads_receipts: whether the OCR probe on receipt crops is run.
-    """
-
-    folder: str
-    rungs: tuple[str, ...]
-    reads_receipts: bool = False
 
 
 def run_logged(words: list[str], log: Path, extra: Mapping[str, str] | None = None) -> Cost:
@@ -122,15 +107,14 @@ class Driver:
         """Return all steps, in order.
 
         Raises:
-            StepError: a run is there that another recipe made.
+            StepError: a run is there that another recipe made, or states of other views.
         """
         python, study = sys.executable, self.study
         splits = self.data / "splits.json"
         prepare = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
         steps = [Step("images: splits and shards", splits.is_file, lambda: self._plain(prepare, "prepare"))]
         known: set[Path] = set()
-        look, closer = Look("judge", study.rungs), study.closer_look
-        close_look, closer_steps = Look("judge/closer", closer.rungs, closer.reads_receipts), list[Step]()
+        closer_steps: list[Step] = []
         for variant, seed in study.runs():
             if variant.tool != "distill" and self.lightly_python is None:
                 continue
@@ -139,9 +123,9 @@ class Driver:
             if states is not None and states not in known:
                 known.add(states)
                 steps.append(self._cache_step(variant, seed, states))
-            steps += [self._train_step(variant, seed), *self._judge_steps(variant, seed, look, known)]
-            if variant.name in closer.variants and seed == study.seeds[0]:
-                closer_steps += self._judge_steps(variant, seed, close_look, known)
+            steps += [self._train_step(variant, seed), *self._judge_steps(variant, seed, study.look, known)]
+            if variant.name in study.looked_closer and seed == study.seeds[0]:
+                closer_steps += self._judge_steps(variant, seed, study.closer_look, known)
         return steps + closer_steps
 
     def states_of(self, variant: Variant, seed: int) -> Path | None:
@@ -209,6 +193,11 @@ class Driver:
     def _cache_step(self, variant: Variant, seed: int, states: Path) -> Step:
         done = states / "complete.json"
         views = min(variant.views, variant.recipe["trainer"]["max_epochs"])  # more would not be seen
+        if done.is_file() and (found := json.loads(done.read_text("utf-8")).get("views", views)) != views:
+            raise StepError(
+                f"{states} has {found} views of each image, and {variant.name} wants {views}. Give its `states` "
+                "another name in the study's file, or move the folder away."
+            )
 
         def fill() -> None:
             states.mkdir(parents=True, exist_ok=True)
@@ -219,18 +208,7 @@ class Driver:
             cost = self._plain(words, states.name)
             done.write_text(json.dumps({**cost._asdict(), "views": views}), encoding="utf-8")
 
-        def is_done() -> bool:
-            if not done.is_file():
-                return False
-            found = json.loads(done.read_text("utf-8")).get("views", views)
-            if found != views:
-                raise StepError(
-                    f"{states} has {found} views of each image, and {variant.name} wants {views}. Give its `states` "
-                    "another name in the study's file, or move the folder away."
-                )
-            return True
-
-        return Step(f"teacher states: {states.name}", is_done, fill)
+        return Step(f"teacher states: {states.name}", done.is_file, fill)
 
     def _train_step(self, variant: Variant, seed: int) -> Step:
         run = self.run_of(variant, seed)

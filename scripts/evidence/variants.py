@@ -57,17 +57,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class CloserLook:
-    """Probes that take too long for every run: they judge some variants' first seed.
+class Look:
+    """Probes that judge encoders.
 
     Attributes:
-        variants: by name.
+        folder: for the results, in a run's folder.
         rungs: probes on the data sets.
         reads_receipts: whether the OCR probe on receipt crops is run.
     """
 
-    variants: tuple[str, ...] = ()
-    rungs: tuple[str, ...] = ()
+    folder: str
+    rungs: tuple[str, ...]
     reads_receipts: bool = False
 
 
@@ -79,22 +79,24 @@ class Study:
         name: "quick", "full", "large" or "ablation".
         img_size_px: side of the images in training and in the probes.
         datasets: that encoders are judged on.
-        rungs: probes that judge every run.
+        look: probes that judge every run.
         seeds: of training; one run a variant and seed.
         variants: in the order they are run.
         first_seed_only: names of variants that are run once.
-        closer_look: further probes, of some.
+        closer_look: probes that take too long for every run.
+        looked_closer: names of variants whose first seed they judge.
         report: name of the variant whose first run gets a report; empty for none.
     """
 
     name: str
     img_size_px: int
     datasets: tuple[str, ...]
-    rungs: tuple[str, ...]
+    look: Look
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
     first_seed_only: tuple[str, ...]
-    closer_look: CloserLook
+    closer_look: Look
+    looked_closer: tuple[str, ...]
     report: str = ""
 
     def states_name(self, variant: Variant, seed: int) -> str | None:
@@ -158,11 +160,11 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
         raise ValueError(f"{file} has no setting {name!r}; it has {', '.join(content['settings'])}.")
     setting = content["settings"][name]
     closer = cast(dict[str, Any], setting.get("closer_look", {}))
-    looked_at = tuple(closer.get("variants", ()))
+    looked_closer = tuple(closer.get("variants", ()))
     unknown = [variant for variant in setting["variants"] if variant not in content["variants"]]
     once = tuple(setting.get("first_seed_only", ()))
     report = str(setting.get("report", ""))
-    named = {*looked_at, *once, report} - {""}
+    named = {*looked_closer, *once, report} - {""}
     unknown += sorted(named.difference(setting["variants"]))
     if unknown:
         raise ValueError(f"{file}: the setting {name!r} names unknown variants: {', '.join(unknown)}.")
@@ -175,11 +177,12 @@ def read_study(file: Path, name: str, assets: Path, work: Path) -> Study:
         name,
         int(setting["img_size_px"]),
         tuple(setting["datasets"]),
-        tuple(setting["rungs"]),
+        Look("judge", tuple(setting["rungs"])),
         tuple(int(seed) for seed in setting["seeds"]),
         tuple(variants),
         once,
-        CloserLook(looked_at, tuple(closer.get("rungs", ())), bool(closer.get("reads_receipts", False))),
+        Look("judge/closer", tuple(closer.get("rungs", ())), bool(closer.get("reads_receipts", False))),
+        looked_closer,
         report,
     )
 
