@@ -24,17 +24,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.probe.intervals import Z95, FloatArray
+from distill.probe.hsic import (
+    MIN_IMAGES,
+    NO_IMAGE,
+    Estimate,
+    centred_gram,
+    jackknife_blocks,
+    jackknife_half_width,
+    leave_out_hsic,
+)
+from distill.probe.intervals import FloatArray
 from distill.probe.protocol import IntArray, Split
 
 RIDGE_STRENGTHS = tuple(10.0**power for power in range(-7, 3))
 """Relative to the mean eigenvalue of the features' second-moment matrix."""
-
-MIN_CKA_IMAGES = 4
-"""The debiased estimator divides by n(n - 3)."""
-
-MAX_JACKKNIFE_BLOCKS = 50
-MIN_JACKKNIFE_BLOCKS = 5
 
 _CHUNK_TOKENS = 16_384  # rows held in float64 at a time
 
@@ -180,22 +183,7 @@ def _token_cosine(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     return torch.cat(means)
 
 
-@dataclass(frozen=True)
-class CkaResult:
-    """Debiased linear CKA with a 95 % interval.
-
-    Attributes:
-        value: the estimate on all images.
-        low: lower end of the interval; None when there are too few groups for one.
-        high: upper end.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-def debiased_cka(a: Tensor, b: Tensor, groups: IntArray | None = None) -> CkaResult | None:
+def debiased_cka(a: Tensor, b: Tensor, groups: IntArray | None = None) -> Estimate | None:
     """Linear CKA `[-1, 1]` with the unbiased HSIC estimator; 0 in expectation for independent features.
 
     Sources: Kornblith et al. 2019 (arXiv 1905.00414) for CKA, Song et al. 2012 (JMLR 13:1393, equation 5) for the
@@ -218,48 +206,21 @@ def debiased_cka(a: Tensor, b: Tensor, groups: IntArray | None = None) -> CkaRes
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} images: CKA compares features of the same images")
-    if len(a) < MIN_CKA_IMAGES:
+    if len(a) < MIN_IMAGES:
         return None
-    ids = np.arange(len(a)) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1)
-    num_blocks = min(int(ids.max()) + 1, MAX_JACKKNIFE_BLOCKS)
-    blocks = [np.flatnonzero(ids % num_blocks == block) for block in range(num_blocks)]
-    values = _leave_out_cka(_centred_gram(a), _centred_gram(b), [np.empty(0, dtype=np.int64), *blocks])
-    value, left_out = float(values[0]), values[1:]
+    blocks = jackknife_blocks(len(a), groups)
+    values = _leave_out_cka(centred_gram(a), centred_gram(b), [NO_IMAGE, *blocks])
+    value, half = float(values[0]), jackknife_half_width(values[1:])
     if np.isnan(value):
         return None
-    if num_blocks < MIN_JACKKNIFE_BLOCKS or np.isnan(left_out).any():
-        return CkaResult(value, None, None)
-    half = Z95 * float(np.std(left_out) * np.sqrt(num_blocks - 1))
-    return CkaResult(value, max(-1.0, value - half), min(1.0, value + half))
+    if half is None:
+        return Estimate(value, None, None)
+    return Estimate(value, max(-1.0, value - half), min(1.0, value + half))
 
 
 def _leave_out_cka(gram_a: FloatArray, gram_b: FloatArray, blocks: Sequence[IntArray]) -> FloatArray:
     """CKA `[len(blocks)]` of all images but each block's; NaN where too few are left or a side does not vary."""
-    own_a, own_b = _leave_out_hsic(gram_a, gram_a, blocks), _leave_out_hsic(gram_b, gram_b, blocks)
+    own_a, own_b = leave_out_hsic(gram_a, gram_a, blocks), leave_out_hsic(gram_b, gram_b, blocks)
     varies = (own_a > 0) & (own_b > 0)
     scale = np.sqrt(np.where(varies, own_a * own_b, np.nan))
-    return np.clip(_leave_out_hsic(gram_a, gram_b, blocks) / scale, -1.0, 1.0)
-
-
-def _centred_gram(features: Tensor) -> FloatArray:
-    """Gram matrix `[n, n]` with a zero diagonal; centring changes no result and keeps the sums small."""
-    x = features.to(torch.float64)
-    x = x - x.mean(0)
-    x = x / x.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return (x @ x.T).fill_diagonal_(0).numpy()
-
-
-def _leave_out_hsic(k: FloatArray, m: FloatArray, blocks: Sequence[IntArray]) -> FloatArray:
-    """Unbiased HSIC `[len(blocks)]` of all images but each block's, in O(n^2) for all blocks together."""
-    product = k * m
-    total, k_rows, m_rows = product.sum(), k.sum(0), m.sum(0)
-    values = np.full(len(blocks), np.nan)
-    for at, block in enumerate(blocks):
-        n = len(k) - len(block)
-        if n < MIN_CKA_IMAGES:
-            continue
-        trace = total - 2 * product[block].sum() + product[np.ix_(block, block)].sum()
-        left_k, left_m = np.delete(k_rows - k[block].sum(0), block), np.delete(m_rows - m[block].sum(0), block)
-        sums = left_k.sum() * left_m.sum() / ((n - 1) * (n - 2))
-        values[at] = (trace + sums - 2.0 / (n - 2) * (left_k @ left_m)) / (n * (n - 3))
-    return values
+    return np.clip(leave_out_hsic(gram_a, gram_b, blocks) / scale, -1.0, 1.0)

@@ -11,7 +11,7 @@ import torch
 
 from distill.probe.cohort import OVERALL, Cohort
 from distill.probe.feature_records import LAST, Features, Grid
-from distill.probe.fidelity import CosineResult, cosine_centred, cosine_to_itself, debiased_cka
+from distill.probe.fidelity import CosineResult, cosine_centred, cosine_to_itself
 from distill.probe.protocol import IntArray
 from distill.probe.retrieval import NEIGHBOURS, retrieval_agreement
 from distill.probe.rung import Kind, RungScore
@@ -23,8 +23,6 @@ TITLES: dict[str, tuple[str, Kind]] = {
     "relative_l2": ("Distance of patch tokens to the teacher's, relative L2 after the ridge map", "distance"),
     "retrieval_agreement": (f"Retrieval agreement, share of the teacher's {NEIGHBOURS} nearest neighbours", "accuracy"),
 }
-
-CKA_TITLE = "Fidelity of pooled features to the teacher, debiased linear CKA"
 
 
 def fidelity_scores(
@@ -90,34 +88,6 @@ def _score(metric: str, values: Any, cohort: Cohort, data: str, settings: dict[s
     test: IntArray = cohort.split.test
     parts = parts_of(np.asarray(values), cohort.rows[test], cohort.groups[test], cohort.domains[test])
     return RungScore(metric, title, kind, parts, settings, domain_names=cohort.domain_names, data=data)
-
-
-def cka_entries(features: Features, teacher: Features, cohort: Cohort, layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the entries of CKA in an encoder's "scores"; CKA belongs to no single image, so it cannot be paired."""
-    entries: list[dict[str, Any]] = []
-    positions = cohort.split.test
-    for layer in layers:
-        for scope, mask in cohort.scopes(positions):
-            at = torch.from_numpy(positions[mask])
-            found = debiased_cka(
-                features.by_layer[layer][at], teacher.by_layer[layer][at], cohort.groups[positions][mask]
-            )
-            if found is None:
-                continue
-            entry = {
-                "metric": "cka",
-                "scope": scope,
-                "value": found.value,
-                "low": found.low,
-                "high": found.high,
-                "n": int(mask.sum()),
-                "seed": cohort.seed,
-                "settings": {"estimator": "debiased", "interval": "jackknife over groups"},
-            }
-            points = [None] if layer == LAST else []
-            points += [["layer", float(layer)]] if len(layers) > 1 else []
-            entries += [{**entry, "at": point} for point in points]
-    return entries
 
 
 def fidelity_block(

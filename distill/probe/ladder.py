@@ -29,6 +29,7 @@ Rung = Literal[
     "linear",
     "knn",
     "fidelity",
+    "effective_rank",
     "sgd",
     "attentive",
     "few_shot",
@@ -39,7 +40,8 @@ Rung = Literal[
     "robustness",
 ]
 LABELLED: tuple[Rung, ...] = ("linear", "knn", "sgd", "attentive", "few_shot", "calibration", "robustness")
-"""Rungs that need labelled images; "fidelity" needs a teacher, and the others draw their own data."""
+"""Rungs that need labelled images; "fidelity" needs a teacher, "effective_rank" neither, and the others draw their own
+data."""
 
 
 def choose_rungs(asked: Sequence[Rung] | None, *, has_labels: bool, has_teacher: bool) -> tuple[Rung, ...]:

@@ -66,8 +66,8 @@ def probe(
         beside: further encoders to compare with, each as for `encoder`.
         roles: which of a run's encoders to judge, of initial, student and teacher; all when left out.
         domains: domains to use; all when left out.
-        rungs: which probes, of linear, knn, fidelity, sgd, attentive, few_shot, calibration, segmentation, ocr, chart
-            and robustness; all that the data allows when left out.
+        rungs: which probes, of linear, knn, fidelity, effective_rank, sgd, attentive, few_shot, calibration,
+            segmentation, ocr, chart and robustness; all that the data allows when left out.
         layers: hidden states to judge, counted from the end, for example --layers=-2,-1.
         text_lines: a manifest of JSON lines with pages of text (path, lines: [x0, y0, x1, y1, text]; group, if wanted)
             that the rung ocr reads beside the drawn ones.

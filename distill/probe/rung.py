@@ -17,7 +17,7 @@ import numpy as np
 from distill.probe.intervals import FloatArray
 from distill.probe.protocol import IntArray
 
-Kind = Literal["accuracy", "cosine", "error_rate", "iou", "r2", "calibration_error", "distance"]
+Kind = Literal["accuracy", "cosine", "error_rate", "iou", "r2", "calibration_error", "distance", "count"]
 """How a figure is written: accuracies, IoU and error rates in per cent, the others as they are."""
 
 LOWER_IS_BETTER: tuple[Kind, ...] = ("error_rate", "calibration_error", "distance")

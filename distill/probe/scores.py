@@ -12,11 +12,12 @@ from typing import Any
 
 from distill.probe.cohort import OVERALL, Cohort
 from distill.probe.feature_records import LAST, Features, Grid
-from distill.probe.fidelity_scores import CKA_TITLE, cka_entries, fidelity_block, fidelity_scores
+from distill.probe.fidelity_scores import fidelity_block, fidelity_scores
 from distill.probe.ladder import Rung, classification_scores
 from distill.probe.linear import LinearResult
 from distill.probe.rung import LOWER_IS_BETTER, RungScore
 from distill.probe.score_intervals import paired_entries, score_entries
+from distill.probe.unpaired import UNPAIRED, cka_entries, effective_rank_entries
 
 __all__ = ["OVERALL", "Cohort", "Reference", "Scores", "compare", "metrics_of", "score_encoder"]
 
@@ -79,6 +80,8 @@ def score_encoder(
         entry["fidelity"] = fidelity_block(reference.name, by_layer[LAST], entries, reference.grid, tokens_per_image)
         entry["scores"] = [*entry["scores"], *entries]
         found = [*found, *compared]
+    if "effective_rank" in rungs:
+        entry["scores"] = [*entry["scores"], *effective_rank_entries(features, cohort, layers)]
     return Scores(entry, found, linear)
 
 
@@ -123,6 +126,8 @@ def metrics_of(scores: Mapping[str, Scores]) -> dict[str, dict[str, Any]]:
             about = {"title": score.title, "kind": score.kind, "lower_is_better": better, "blind": score.blind}
             if (known := found.setdefault(score.metric, about))["blind"] is None:
                 known["blind"] = score.blind
-        if any(entry["metric"] == "cka" for entry in encoder.entry["scores"]):
-            found.setdefault("cka", {"title": CKA_TITLE, "kind": "cosine", "lower_is_better": False, "blind": None})
+        metrics = {entry["metric"] for entry in encoder.entry["scores"]}
+        for metric, (title, kind) in UNPAIRED.items():
+            if metric in metrics:
+                found.setdefault(metric, {"title": title, "kind": kind, "lower_is_better": False, "blind": None})
     return found

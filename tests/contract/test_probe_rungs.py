@@ -123,7 +123,7 @@ def test_every_figure_has_n_seed_and_an_interval_around_it(judged: dict[str, Sco
 
 
 def test_layers_give_curves_beside_the_last_ones_figures(judged: dict[str, Scores]) -> None:
-    at = {metric: set() for metric in ("linear_top1", "knn_top1", "cosine_centred", "cka")}
+    at = {metric: set() for metric in ("linear_top1", "knn_top1", "cosine_centred", "cka", "effective_rank")}
     for entry in judged["random"].entry["scores"]:
         if entry["metric"] in at:
             at[entry["metric"]].add(tuple(entry["at"] or ()))
@@ -157,5 +157,6 @@ def test_rungs_that_cannot_be_had_are_refused_by_name() -> None:
         choose_rungs(["fidelity"], has_labels=True, has_teacher=False)
     with pytest.raises(ConfigError, match="--rungs sgd needs labelled images"):
         choose_rungs(["sgd"], has_labels=False, has_teacher=True)
-    assert choose_rungs(None, has_labels=False, has_teacher=False) == ("segmentation", "ocr", "chart")
+    undemanding = choose_rungs(None, has_labels=False, has_teacher=False)
+    assert undemanding == ("effective_rank", "segmentation", "ocr", "chart")
     assert choose_rungs(["knn", "linear"], has_labels=True, has_teacher=False) == ("linear", "knn")
