@@ -306,7 +306,7 @@ def test_each_student_is_judged_and_each_initialisation_and_teacher_once(
     assert [encoder for encoder, role, out in found if role == "student" and out.endswith("closer")] == [
         "ours-seed0",
         "lightly_train-seed0/encoder.yaml",
-        "ours_long-seed0",
+        "ours_longer-seed0",
     ]
 
 
