@@ -76,7 +76,7 @@ class Study:
     """One setting of the study.
 
     Attributes:
-        name: "quick", "full", "large" or "ablation".
+        name: of the setting, for example "quick".
         img_size_px: side of the images in training and in the probes.
         datasets: that encoders are judged on.
         look: probes that judge every run.

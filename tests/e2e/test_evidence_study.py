@@ -120,7 +120,7 @@ def test_the_assets_student_and_teachers_load_as_the_recipes_name_them() -> None
     sys.path.insert(0, str(ROOT / "scripts" / "evidence"))
     import variants
 
-    study = variants.read_study(ROOT / "configs" / "evidence" / "study.yaml", "full", ASSETS, ASSETS)
+    study = variants.read_study(ROOT / "configs" / "evidence" / "study.yaml", "controls", ASSETS, ASSETS)
     recipe = next(variant.recipe["model"] for variant in study.variants if variant.name == "both_teachers")
     teachers = recipe["teachers"]
     grids = {}

@@ -152,7 +152,7 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
     from distill.cli import main
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    setting = "ablation" if name in ("k_2", "token_gram") else "full"
+    setting = {"ours": "full", "pooled_mse": "quick", "k_2": "ablation", "token_gram": "ablation"}.get(name, "controls")
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path, tmp_path)
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(next(variant.recipe for variant in read.variants if variant.name == name)))
@@ -167,6 +167,7 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
     [
         ("quick", ["ours", "lightly_train"]),
         ("full", ["ours", "lightly_train"]),
+        ("controls", ["no_crops", "head"]),
         ("large", ["ours", "lightly_train"]),
         ("ablation", ["no_crops", "k_2"]),
     ],
@@ -260,14 +261,15 @@ def test_a_step_that_is_done_is_not_repeated_and_a_failing_one_shows_its_log(tmp
         study.run_logged(words, tmp_path / "log")
 
 
-def judgings(read: variants.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
-    """Encoder, role and folder of what judge.py would be told by the steps of a study, in order."""
+def judgings(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, str]]:
+    """Encoder, role and folder of what judge.py would be told by the steps of a setting, in order."""
+    read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path / "assets", tmp_path / "work")
     told: list[list[str]] = []
     monkeypatch.setattr(study, "run_logged", lambda words, *_: told.append(words) or study.Cost(0.0, 0.0))
     for step in study.Driver(read, tmp_path / "work", tmp_path / "assets", Path("python")).steps():
         step.do()
     of_judge = [words for words in told if words[1].endswith("judge.py")]
-    runs = tmp_path / "work" / "full"
+    runs = tmp_path / "work" / setting
     return [
         (
             str(Path(words[2]).relative_to(runs)),
@@ -281,40 +283,45 @@ def judgings(read: variants.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_each_student_is_judged_and_each_initialisation_and_teacher_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path / "assets", tmp_path / "work")
-    found = judgings(dataclasses.replace(read, seeds=(0, 1)), tmp_path, monkeypatch)
-    students = [encoder for encoder, role, out in found if role == "student" and not out.endswith("closer")]
-    assert students[: len(read.variants)] == [
-        f"{variant.name}-seed0" + ("/encoder.yaml" if variant.tool == "lightly_train" else "")
-        for variant in read.variants
+    found = judgings("full", tmp_path, monkeypatch)
+    assert found == [
+        ("ours-seed0", "student", "ours-seed0/judge"),
+        ("ours-seed0", "initial", "company/initial_initialisation/judge"),
+        ("ours-seed0", "teacher", "company/teacher_lite2/judge"),
+        ("lightly_train-seed0/encoder.yaml", "student", "lightly_train-seed0/judge"),
+        ("lightly_train_tuned-seed0/encoder.yaml", "student", "lightly_train_tuned-seed0/judge"),
+        ("ours_long-seed0", "student", "ours_long-seed0/judge"),
+        ("ours_longer-seed0", "student", "ours_longer-seed0/judge"),
+        ("ours-seed1", "student", "ours-seed1/judge"),
+        ("ours-seed2", "student", "ours-seed2/judge"),
+        # What takes long comes last.
+        ("ours-seed0", "student", "ours-seed0/judge/closer"),
+        ("ours-seed0", "initial", "company/initial_initialisation/judge/closer"),
+        ("ours-seed0", "teacher", "company/teacher_lite2/judge/closer"),
+        ("lightly_train-seed0/encoder.yaml", "student", "lightly_train-seed0/judge/closer"),
+        ("ours_longer-seed0", "student", "ours_longer-seed0/judge/closer"),
     ]
-    assert students[len(read.variants) :] == [
-        "ours-seed1",
-        "lightly_train-seed1/encoder.yaml",
-        "pooled_mse-seed1",
-    ]
+
+
+def test_other_beginnings_and_teachers_are_judged_beside_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = judgings("controls", tmp_path, monkeypatch)
     assert [(encoder, out) for encoder, role, out in found if role != "student"] == [
-        ("ours-seed0", "company/initial_initialisation/judge"),
-        ("ours-seed0", "company/teacher_lite2/judge"),
+        ("no_crops-seed0", "company/initial_initialisation/judge"),
+        ("no_crops-seed0", "company/teacher_lite2/judge"),
         ("lite2_random-seed0", "company/initial_initialisation_of_lite2_random/judge"),
         ("vit_random-seed0", "company/initial_initialisation_of_vit_random/judge"),
         ("resnet50_alone-seed0", "company/teacher_resnet50/judge"),
         ("both_teachers-seed0", "company/teacher_lite2_and_resnet50/judge"),
-        ("ours-seed0", "company/initial_initialisation/judge/closer"),
-        ("ours-seed0", "company/teacher_lite2/judge/closer"),
-    ]
-    assert [encoder for encoder, role, out in found if role == "student" and out.endswith("closer")] == [
-        "ours-seed0",
-        "lightly_train-seed0/encoder.yaml",
-        "ours_longer-seed0",
     ]
 
 
 def test_stored_states_depend_on_the_seed_where_images_are_cropped(tmp_path: Path) -> None:
-    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    read = variants.read_study(CONFIGS / "study.yaml", "quick", tmp_path, tmp_path)
     names = {variant.name: read.states_name(variant, 1) for variant in read.variants}
-    assert names["ours"] == "lite2-crops-224-seed1"
-    assert names["no_crops"] == "lite2-224"
+    assert names["ours"] == "lite2-crops-160-seed1"
+    assert names["pooled_mse"] == "lite2-160"
     assert names["lightly_train"] is None
 
 
@@ -399,7 +406,8 @@ def receipts(file: Path, role: str, name: str, edits: list[int]) -> None:
 
 
 def test_the_files_of_a_study_become_its_tables(tmp_path: Path) -> None:
-    read = variants.read_study(CONFIGS / "study.yaml", "full", tmp_path, tmp_path)
+    read, others = (variants.read_study(CONFIGS / "study.yaml", n, tmp_path, tmp_path) for n in ("full", "controls"))
+    read = dataclasses.replace(read, variants=(*read.variants, *others.variants))
     folder = tmp_path / "full"
     first, rest = [1] * 10, [0] * 20
     for dataset in ("trashnet", "dtd10"):
