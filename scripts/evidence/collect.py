@@ -97,7 +97,7 @@ def collect(folder: Path, study: Study) -> dict[str, Arm]:
 
     Args:
         folder: with a folder `<variant>-seed<number>` for each run and `company` for what they are judged beside; what
-            was not judged is passed over, and so are runs that the study does not have.
+            was not judged on every data set is passed over, and so are runs that the study does not have.
         study: says which runs there are.
 
     Raises:
@@ -108,6 +108,8 @@ def collect(folder: Path, study: Study) -> dict[str, Arm]:
     teachers: dict[str, Arm] = {}
     for variant, seed in study.runs():
         run = folder / f"{variant.name}-seed{seed}"
+        if not all((run / study.look.folder / f"{dataset}.json").is_file() for dataset in study.datasets):
+            continue  # its judging was stopped half way
         for _, key, parts in _judged(run / "judge", "student", "other"):
             arm = variants.setdefault(variant.name, Arm(variant.name, "variant", variant=variant))
             arm.figures.setdefault(key, {})[seed] = parts

@@ -407,7 +407,7 @@ def receipts(file: Path, role: str, name: str, edits: list[int]) -> None:
 
 def test_the_files_of_a_study_become_its_tables(tmp_path: Path) -> None:
     read, others = (variants.read_study(CONFIGS / "study.yaml", n, tmp_path, tmp_path) for n in ("full", "controls"))
-    read = dataclasses.replace(read, variants=(*read.variants, *others.variants))
+    read = dataclasses.replace(read, variants=(*read.variants, *others.variants), datasets=("trashnet", "dtd10"))
     folder = tmp_path / "full"
     first, rest = [1] * 10, [0] * 20
     for dataset in ("trashnet", "dtd10"):
@@ -422,9 +422,10 @@ def test_the_files_of_a_study_become_its_tables(tmp_path: Path) -> None:
         write_judged(folder / "lite2_random-seed0" / "judge" / f"{dataset}.json", "student", {"tinyvit": first + rest})
         begun = company / "initial_initialisation_of_lite2_random" / "judge" / f"{dataset}.json"
         write_judged(begun, "initial", {"tinyvit (initial)": [1] * 2 + [0] * 28})
-        # What the study does not have is no arm.
+        # What the study does not have is no arm, nor is a run that was judged on one data set of two.
         write_judged(folder / "ours-seed0.old" / "judge" / f"{dataset}.json", "student", {"tinyvit": [0] * 30})
         write_judged(folder / "forgotten-seed0" / "judge" / f"{dataset}.json", "student", {"tinyvit": [0] * 30})
+    write_judged(folder / "ours_long-seed0" / "judge" / "trashnet.json", "student", {"tinyvit": [1] * 30})
     receipts(folder / "ours-seed0" / "judge" / "closer" / "receipts.json", "student", "tinyvit", [1, 2, 3])
     receipts(
         folder / "company" / "initial_initialisation" / "judge" / "closer" / "receipts.json", "initial", "i", [2, 4, 6]
