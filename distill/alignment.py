@@ -18,7 +18,7 @@ from distill.heads import HeadKind, build_head
 from distill.hidden_states import match_grids, pair_last_layers, patch_tokens, shared_prefix
 from distill.losses import Loss, NegativeCosine
 from distill.projected_cosine import projected_cosine
-from distill.standardise import FeatureStatistics, StandardiseMode, Standardiser
+from distill.standardise import ROTATING, FeatureStatistics, StandardiseMode, Standardiser
 
 
 @dataclass
@@ -34,7 +34,8 @@ class AlignmentConfig:
         loss: by class_path, for example distill.losses.SmoothL1; null means distill.losses.NegativeCosine.
         standardise: what is done to the teacher's tokens: "none", "mean_std", "phi_s", or "procrustes", which gives
             them the student's width and axes, for head "none"; see `distill.standardise.Standardiser`.
-        whitening: for "procrustes", from 0 to 1: how far the teacher's directions are brought to the same variance.
+        whitening: for "phi_s" and "procrustes", from 0 to 1: how far the teacher's directions are brought to the same
+            variance.
         prefix_weight: share of the loss, from 0 to 1, that goes to prefix tokens where both sides have them; the rest
             goes to the patch tokens.
         layer_weights: weight of each paired layer, oldest first; null means equal. They are scaled to sum to 1.
@@ -269,8 +270,8 @@ def check_alignment(config: AlignmentConfig, student: Encoder, teacher: Encoder,
         )
     if not 0 <= config.whitening <= 1:
         raise ConfigError(f"{name}: whitening {config.whitening} must be from 0 to 1.")
-    if config.whitening and config.standardise != "procrustes":
-        raise ConfigError(f"{name}: whitening is for standardise procrustes, not {config.standardise}.")
+    if config.whitening and config.standardise not in ROTATING:
+        raise ConfigError(f"{name}: whitening is for standardise {' and '.join(ROTATING)}, not {config.standardise}.")
     if config.head != "none" and config.standardise == "procrustes":
         raise ConfigError(f"{name}: standardise procrustes gives targets of the student's width; use head none.")
     if config.head != "none" and not loss.needs_head:

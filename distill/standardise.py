@@ -37,8 +37,8 @@ class Standardiser(nn.Module):
             the student leaves the other directions 0.
         dim: D.
         student_dim: S, for "procrustes".
-        whitening: for "procrustes", from 0 to 1: each principal direction is divided by its standard deviation to this
-            power. What a student learns of its teacher is mostly the few largest directions, and its features end up
+        whitening: for "phi_s" and "procrustes", from 0 to 1: each principal direction is divided by its standard
+            deviation to this power. What a student learns of its teacher is mostly the few largest directions, and its features end up
             in fewer of them than the teacher's; whitening makes the smaller ones worth learning. At 1 all directions
             have the same variance.
     """
@@ -88,7 +88,7 @@ class Standardiser(nn.Module):
             if self.mode == "procrustes":
                 rotation, variance = nearest_directions(covariance, self.dim, self.whitening)
             else:
-                rotation, variance = equal_variances(covariance)
+                rotation, variance = equal_variances(covariance, self.whitening)
             self.rotation.copy_(rotation)
             self.scale.fill_(float(variance.clamp_min(torch.finfo(torch.float64).tiny).rsqrt()))
         self.mean.copy_(mean[: self.dim])
@@ -174,23 +174,36 @@ def nearest_directions(covariance: Tensor, dim: int, whitening: float = 0.0) -> 
     """
     kept = min(dim, covariance.shape[0] - dim)
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance[:dim, :dim])
-    variances = eigenvalues[-kept:]
-    floor = VARIANCE_FLOOR * eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    factors = variances.clamp_min(floor).pow(-whitening / 2)
+    variances, factors = eigenvalues[-kept:], whitening_factors(eigenvalues, whitening)[-kept:]
     directions = eigenvectors[:, -kept:] * factors
     left, _, right = torch.linalg.svd(directions.T @ covariance[:dim, dim:], full_matrices=False)
     return (directions @ left @ right).T, (variances * factors.square()).mean()
 
 
-def equal_variances(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a rotation `[D, D]` after which every channel has the same variance, and that variance, a scalar.
+def equal_variances(covariance: Tensor, whitening: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return a map `[D, D]` after which every channel has the same variance, and that variance, a scalar.
 
     Args:
         covariance: `[D, D]`.
+        whitening: power of its standard deviation that each principal direction is divided by; at 0 the map is a
+            rotation.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     eigenvalues = eigenvalues.clamp_min(0)
-    return equalising_rotation(eigenvalues) @ eigenvectors.T, eigenvalues.mean()
+    factors = whitening_factors(eigenvalues, whitening)
+    variances = eigenvalues * factors.square()
+    return equalising_rotation(variances) @ (eigenvectors * factors).T, variances.mean()
+
+
+def whitening_factors(eigenvalues: Tensor, whitening: float) -> Tensor:
+    """Return what each principal direction is multiplied by, `[D]`; directions without variance stay small.
+
+    Args:
+        eigenvalues: `[D]`, the variances along the directions.
+        whitening: power of the standard deviation that a direction is divided by.
+    """
+    floor = VARIANCE_FLOOR * eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return eigenvalues.clamp_min(floor).pow(-whitening / 2)
 
 
 def equalising_rotation(eigenvalues: Tensor) -> Tensor:

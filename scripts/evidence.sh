@@ -2,6 +2,7 @@
 # The evidence study: real weights, real images, against LightlyTrain at equal images seen. See docs/results.md.
 #   bash scripts/evidence.sh          the main comparison, small
 #   bash scripts/evidence.sh full     the whole study, 224 px: hours
+#   bash scripts/evidence.sh closer   attentive probe and receipts, and LightlyTrain at a higher rate: an hour
 #   bash scripts/evidence.sh controls other beginnings, other teachers, the published loss: an hour
 #   bash scripts/evidence.sh large    the main comparison at 448 px: hours
 #   bash scripts/evidence.sh ablation each choice of the recipe changed by itself: hours

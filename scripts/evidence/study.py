@@ -4,7 +4,8 @@
     python scripts/evidence/study.py full --lightly_python runs/evidence/lightly/bin/python
 
 Each step leaves a file when it is finished, and a finished step is not repeated: after whatever stopped the study, the
-same command goes on. Training itself goes on from its last checkpoint (LightlyTrain's begins anew); a run whose recipe
+same command goes on. As many steps as there are cores are under way at a time, each with one thread, which does more
+than one step with them all; `--jobs` says otherwise. Training itself goes on from its last checkpoint (LightlyTrain's begins anew); a run whose recipe
 has changed is refused. Each training's CPU and wall time are kept in `cost.json` beside it.
 """
 
@@ -14,79 +15,21 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 from collect import company
 from rich.console import Console
+from steps import Commands, Cost, Step, StepError, perform
 from variants import Look, Study, Variant, read_study
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = "recipe.yaml"
-TAIL_LINES = 15
-
-
-class StepError(Exception):
-    """A step ended with an error; its log says why."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Something to do once.
-
-    Attributes:
-        title: shown while it is done.
-        is_done: whether its result is there.
-        do: does it.
-    """
-
-    title: str
-    is_done: Callable[[], bool]
-    do: Callable[[], object]
-
-
-class Cost(NamedTuple):
-    """CPU time (user and system, of a process and its children) and wall time, in seconds."""
-
-    cpu_s: float
-    wall_s: float
-
-
-def run_logged(words: list[str], log: Path, extra: Mapping[str, str] | None = None) -> Cost:
-    """Run a command from the repository's root, and return what it and its children cost.
-
-    Args:
-        words: the command.
-        log: takes what it prints; appended to.
-        extra: environment variables.
-
-    Raises:
-        StepError: it ended with another status than 0; the message has the end of its log.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    with log.open("a", encoding="utf-8") as stream:
-        child = subprocess.Popen(
-            words, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, **(extra or {})}
-        )
-        try:
-            _, status, usage = os.wait4(child.pid, 0)
-        except BaseException:
-            child.terminate()  # training saves where it stands
-            child.wait()
-            raise
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode != 0:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
-        raise StepError(f"{' '.join(words)}\nended with status {child.returncode}; the end of {log}:\n{tail}")
-    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Driver:
@@ -97,36 +40,47 @@ class Driver:
         work: folder of everything that is made.
         assets: images and weights.
         lightly_python: Python of LightlyTrain's environment; None leaves its variants out.
+        commands: runs what the steps start.
     """
 
-    def __init__(self, study: Study, work: Path, assets: Path, lightly_python: Path | None) -> None:
+    def __init__(
+        self, study: Study, work: Path, assets: Path, lightly_python: Path | None, commands: Commands
+    ) -> None:
         self.study, self.work, self.assets, self.lightly_python = study, work, assets, lightly_python
+        self.commands = commands
         self.data, self.runs = work / "data", work / study.name
 
     def steps(self) -> list[Step]:
-        """Return all steps, in order.
+        """Return all steps, in order: of each seed first the trainings, then the judgings; what takes long comes last.
 
         Raises:
             StepError: a run is there that another recipe made, or states of other views.
         """
         python, study = sys.executable, self.study
         splits = self.data / "splits.json"
-        prepare = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
-        steps = [Step("images: splits and shards", splits.is_file, lambda: self._plain(prepare, "prepare"))]
-        known: set[Path] = set()
-        closer_steps: list[Step] = []
-        for variant, seed in study.runs():
-            if variant.tool != "distill" and self.lightly_python is None:
-                continue
-            self.check_recipe(variant, seed)
-            states = self.states_of(variant, seed)
-            if states is not None and states not in known:
-                known.add(states)
-                steps.append(self._cache_step(variant, seed, states))
-            steps += [self._train_step(variant, seed), *self._judge_steps(variant, seed, study.look, known)]
-            if variant.name in study.looked_closer and seed == study.seeds[0]:
-                closer_steps += self._judge_steps(variant, seed, study.closer_look, known)
-        return steps + closer_steps
+        words = [python, str(HERE / "prepare.py"), str(self.assets), str(self.data)]
+        prepare = Step("images: splits and shards", splits.is_file, lambda: self._plain(words, "prepare"))
+        ordered, closer = [prepare], list[Step]()
+        known: dict[Path, Step] = {}
+        for seed, runs in groupby(study.runs(), key=lambda run: run[1]):
+            trainings, judgings = list[Step](), list[Step]()
+            for variant, _ in runs:
+                if variant.tool != "distill" and self.lightly_python is None:
+                    continue
+                self.check_recipe(variant, seed)
+                needs, states = [prepare], self.states_of(variant, seed)
+                if states is not None:
+                    if states not in known:
+                        known[states] = self._cache_step(variant, seed, states, prepare)
+                        trainings.append(known[states])
+                    needs.append(known[states])
+                train = self._train_step(variant, seed, *needs)
+                trainings.append(train)
+                judgings += self._judge_steps(variant, seed, study.look, known, train)
+                if variant.name in study.looked_closer and seed == study.seeds[0]:
+                    closer += self._judge_steps(variant, seed, study.closer_look, known, train)
+            ordered += trainings + judgings
+        return ordered + closer
 
     def states_of(self, variant: Variant, seed: int) -> Path | None:
         """Return the folder of a variant's teacher states."""
@@ -188,9 +142,9 @@ class Driver:
         return self.runs / "report.html"
 
     def _plain(self, words: list[str], name: str) -> Cost:
-        return run_logged(words, self.work / "logs" / f"{name}.log", self._environment())
+        return self.commands.run(words, self.work / "logs" / f"{name}.log", self._environment())
 
-    def _cache_step(self, variant: Variant, seed: int, states: Path) -> Step:
+    def _cache_step(self, variant: Variant, seed: int, states: Path, *needs: Step) -> Step:
         done = states / "complete.json"
         views = min(variant.views, variant.recipe["trainer"]["max_epochs"])  # more would not be seen
         if done.is_file() and (found := json.loads(done.read_text("utf-8")).get("views", views)) != views:
@@ -208,9 +162,9 @@ class Driver:
             cost = self._plain(words, states.name)
             done.write_text(json.dumps({**cost._asdict(), "views": views}), encoding="utf-8")
 
-        return Step(f"teacher states: {states.name}", done.is_file, fill)
+        return Step(f"teacher states: {states.name}", done.is_file, fill, needs)
 
-    def _train_step(self, variant: Variant, seed: int) -> Step:
+    def _train_step(self, variant: Variant, seed: int, *needs: Step) -> Step:
         run = self.run_of(variant, seed)
         done, begun, log = run / "cost.json", run / "begun", run / "fit.log"
 
@@ -219,12 +173,12 @@ class Driver:
             is_whole = variant.tool != "distill" or not begun.is_file()
             recipe = self._written_recipe(variant, seed, run)
             begun.touch()
-            cost = run_logged(self._training(variant, seed, recipe, run), log, self._environment_of(variant))
+            cost = self.commands.run(self._training(variant, seed, recipe, run), log, self._environment_of(variant))
             images = variant.recipe["data"]["samples_per_epoch"] * variant.recipe["trainer"]["max_epochs"]
             content = {**cost._asdict(), "images": images, "is_whole": is_whole}
             done.write_text(json.dumps(content), encoding="utf-8")
 
-        return Step(f"train: {variant.title}, seed {seed}", done.is_file, train)
+        return Step(f"train: {variant.title}, seed {seed}", done.is_file, train, needs)
 
     def _training(self, variant: Variant, seed: int, recipe: Path, run: Path) -> list[str]:
         if variant.tool == "distill":
@@ -240,20 +194,20 @@ class Driver:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         return {"PYTHONPATH": path, "LIGHTLY_TRAIN_EVENTS_DISABLED": "1"}
 
-    def _judge_steps(self, variant: Variant, seed: int, look: Look, known: set[Path]) -> list[Step]:
+    def _judge_steps(self, variant: Variant, seed: int, look: Look, known: dict[Path, Step], train: Step) -> list[Step]:
         """Judge a run's student, and its initialisation and teachers where no earlier run had the same."""
         run, name = self.run_of(variant, seed), f"{variant.name}, seed {seed}"
         if variant.tool != "distill":
-            return [self._judged(run / "encoder.yaml", "student", run / look.folder, look, name)]
-        found = [self._judged(run, "student", run / look.folder, look, name)]
+            return [self._judged(run / "encoder.yaml", "student", run / look.folder, look, name, train)]
+        found = [self._judged(run, "student", run / look.folder, look, name, train)]
         for title, role in ((variant.initial, "initial"), (" and ".join(variant.teachers), "teacher")):
             out = company(self.runs, role, title) / look.folder
             if out not in known:
-                known.add(out)
-                found.append(self._judged(run, role, out, look, title))
+                known[out] = self._judged(run, role, out, look, title, train)
+                found.append(known[out])
         return found
 
-    def _judged(self, encoder: Path, role: str, out: Path, look: Look, title: str) -> Step:
+    def _judged(self, encoder: Path, role: str, out: Path, look: Look, title: str, train: Step) -> Step:
         study = self.study
         files = [out / f"{dataset}.json" for dataset in study.datasets]
         files += [out / "receipts.json"] if look.reads_receipts else []
@@ -264,38 +218,31 @@ class Driver:
         return Step(
             f"{look.folder}: {title}",
             lambda: all(file.is_file() for file in files),
-            lambda: run_logged(words, self.work / "logs" / "judge.log", self._environment()),
+            lambda: self.commands.run(words, out / "judge.log", self._environment()),
+            (train,),
         )
-
-
-def perform(steps: list[Step], console: Console) -> None:
-    """Do the steps that are not done yet, and say so."""
-    start = time.monotonic()
-    for number, step in enumerate(steps, start=1):
-        place = f"[{number:3}/{len(steps)}, {time.monotonic() - start:5.0f} s]"
-        if step.is_done():
-            console.print(f"{place} {step.title}: there already", highlight=False, markup=False)
-            continue
-        console.print(f"{place} {step.title}", highlight=False, markup=False)
-        step.do()
 
 
 def main() -> int:
     """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", help="of study.yaml: quick, full, controls, large or ablation")
+    parser.add_argument("setting", help="of study.yaml: quick, full, closer, controls, large or ablation")
     parser.add_argument("--study", type=Path, default=ROOT / "configs" / "evidence" / "study.yaml")
     parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence")
     parser.add_argument("--lightly_python", type=Path, help="without it LightlyTrain is left out")
+    parser.add_argument("--jobs", type=int, default=CORES, help="steps at a time, each with its share of the cores")
     asked = parser.parse_args()
+    if asked.jobs < 1:
+        parser.error(f"--jobs {asked.jobs} must be 1 or more")
     # Ctrl-C reaches the running step by itself; a plain kill has to be handed on.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     console, work, assets = Console(), asked.work.resolve(), asked.assets.resolve()
     try:
         study = read_study(asked.study, asked.setting, assets, work)
-        driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute())
-        perform(driver.steps(), console)
+        commands = Commands(ROOT, threads=max(1, CORES // asked.jobs))
+        driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute(), commands)
+        perform(driver.steps(), console, asked.jobs, commands.stop)
         driver.conclude(asked.study)
     except (StepError, ValueError) as error:
         console.print(str(error), markup=False, highlight=False)

@@ -120,7 +120,7 @@ def test_targets_of_the_students_width_need_no_head_whatever_the_teachers_width_
         ({"head": "none"}, r"head none needs equal widths"),
         ({"loss": TokenGram()}, r"use head none"),
         ({"standardise": "procrustes"}, r"procrustes gives targets of the student's width; use head none"),
-        ({"standardise": "mean_std", "whitening": 0.5}, r"whitening is for standardise procrustes, not mean_std"),
+        ({"standardise": "mean_std", "whitening": 0.5}, r"is for standardise phi_s and procrustes, not mean_std"),
         ({"standardise": "procrustes", "head": "none", "whitening": 1.5}, r"whitening 1\.5 must be from 0 to 1"),
     ],
 )

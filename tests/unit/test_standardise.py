@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.standardise import FeatureStatistics, Standardiser, equalising_rotation
+from distill.standardise import FeatureStatistics, StandardiseMode, Standardiser, equalising_rotation
 
 
 def features(count: int = 4000, dim: int = 12) -> torch.Tensor:
@@ -137,12 +137,27 @@ def test_whitening_divides_each_direction_by_its_standard_deviation_to_a_power(w
     assert torch.allclose(y.std(0) / y.std(0).max(), scales.pow(1 - whitening) / 8 ** (1 - whitening), atol=0.03)
 
 
-def test_whitening_leaves_dead_directions_dead() -> None:
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_whitened_phi_s_has_channels_of_one_variance_and_the_angles_of_whitened_directions(whitening: float) -> None:
+    scales = torch.linspace(0.5, 8, 12)
+    turn = torch.linalg.qr(torch.randn(12, 12))[0]
+    teacher = torch.randn(20_000, 12) * scales @ turn + 3
+    standardiser = Standardiser("phi_s", 12, whitening=whitening)
+    standardiser.calibrate(statistics(teacher))
+    y = standardiser(teacher)
+    assert torch.allclose(y.var(0), torch.ones(12), rtol=1e-3)
+    wanted = torch.nn.functional.normalize(((teacher - teacher.mean(0)) @ turn.T * scales.pow(-whitening))[:100])
+    got = torch.nn.functional.normalize(y[:100])
+    assert torch.allclose(got @ got.T, wanted @ wanted.T, atol=0.03)
+
+
+@pytest.mark.parametrize("mode", ["phi_s", "procrustes"])
+def test_whitening_leaves_dead_directions_dead(mode: StandardiseMode) -> None:
     teacher = torch.randn(4000, 6) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 1e-9, 0.0, 0.0]))
-    standardiser = Standardiser("procrustes", 6, 6, 1.0)
-    standardiser.calibrate(beside(teacher, teacher))
+    standardiser = Standardiser(mode, 6, 6, 1.0)
+    standardiser.calibrate(beside(teacher, teacher) if mode == "procrustes" else statistics(teacher))
     assert standardiser(teacher).isfinite().all()
-    assert int((standardiser(teacher).std(0) > 0.01).sum()) == 3
+    assert int((torch.linalg.svdvals(standardiser(teacher)) > 0.01 * 4000**0.5).sum()) == 3
 
 
 def test_procrustes_places_a_narrower_teacher_in_the_students_channels() -> None:
