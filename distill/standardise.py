@@ -38,9 +38,9 @@ class Standardiser(nn.Module):
         dim: D.
         student_dim: S, for "procrustes".
         whitening: for "phi_s" and "procrustes", from 0 to 1: each principal direction is divided by its standard
-            deviation to this power. What a student learns of its teacher is mostly the few largest directions, and its features end up
-            in fewer of them than the teacher's; whitening makes the smaller ones worth learning. At 1 all directions
-            have the same variance.
+            deviation to this power. What a student learns of its teacher is mostly the few largest directions, and
+            its features end up in fewer of them than the teacher's; whitening makes the smaller ones worth learning.
+            At 1 all directions have the same variance.
     """
 
     mean: Tensor

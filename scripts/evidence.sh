@@ -2,12 +2,12 @@
 # The evidence study: real weights, real images, against LightlyTrain at equal images seen. See docs/results.md.
 #   bash scripts/evidence.sh          the main comparison, small
 #   bash scripts/evidence.sh full     the whole study, 224 px: hours
-#   bash scripts/evidence.sh closer   attentive probe and receipts, and LightlyTrain at a higher rate: an hour
-#   bash scripts/evidence.sh controls other beginnings, other teachers, the published loss: an hour
+#   bash scripts/evidence.sh controls other beginnings, other teachers, LightlyTrain at a higher rate: an hour
 #   bash scripts/evidence.sh large    the main comparison at 448 px: hours
 #   bash scripts/evidence.sh ablation each choice of the recipe changed by itself: hours
 # Images and weights: ../shared/assets, or the folder in ASSETS; results: runs/evidence, or the folder in WORK. Stopped by
-# whatever, the same command goes on. LIGHTLY=no leaves LightlyTrain out; LIGHTLY_VENV names an environment that has it.
+# whatever, the same command goes on. As many steps as there are cores are done at a time; JOBS=1 says otherwise.
+# LIGHTLY=no leaves LightlyTrain out; LIGHTLY_VENV names an environment that has it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -36,4 +36,4 @@ if [ "${LIGHTLY:-yes}" = yes ]; then
     lightly=(--lightly_python "$peer/bin/python")
 fi
 
-python scripts/evidence/study.py "$setting" --assets "$assets" --work "$work" "${lightly[@]}"
+python scripts/evidence/study.py "$setting" --assets "$assets" --work "$work" ${JOBS:+--jobs "$JOBS"} "${lightly[@]}"

@@ -122,17 +122,16 @@ def perform(steps: list[Step], console: Console, jobs: int = 1, stop: Callable[[
     finished: set[Step] = set()
     error: StepError | None = None
 
+    def ready() -> int | None:
+        return next((number for number, step in waiting.items() if finished.issuperset(step.needs)), None)
+
     def begin() -> None:
-        for number, step in list(waiting.items()):
-            if len(running) == jobs or error is not None:
-                return
-            if not finished.issuperset(step.needs):
-                continue
-            del waiting[number]
+        while error is None and len(running) < jobs and (number := ready()) is not None:
+            step = waiting.pop(number)
             is_done = step.is_done()
             place = f"[{number:3}/{len(steps)}, {time.monotonic() - start:5.0f} s]"
             note = ": there already" if is_done else ""
-            console.print(f"{place} {step.title}{note}", highlight=False, markup=False)
+            console.print(f"{place} {step.title}{note}", highlight=False, markup=False, soft_wrap=True)
             if is_done:
                 finished.add(step)
             else:

@@ -5,8 +5,9 @@
 
 Each step leaves a file when it is finished, and a finished step is not repeated: after whatever stopped the study, the
 same command goes on. As many steps as there are cores are under way at a time, each with one thread, which does more
-than one step with them all; `--jobs` says otherwise. Training itself goes on from its last checkpoint (LightlyTrain's begins anew); a run whose recipe
-has changed is refused. Each training's CPU and wall time are kept in `cost.json` beside it.
+than one step with them all; `--jobs` says otherwise. Training itself goes on from its last checkpoint (LightlyTrain's
+begins anew); a run whose recipe has changed is refused. Each training's CPU and wall time are kept in `cost.json`
+beside it.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ class Driver:
         commands: runs what the steps start.
     """
 
-    def __init__(
-        self, study: Study, work: Path, assets: Path, lightly_python: Path | None, commands: Commands
-    ) -> None:
+    def __init__(self, study: Study, work: Path, assets: Path, lightly_python: Path | None, commands: Commands) -> None:
         self.study, self.work, self.assets, self.lightly_python = study, work, assets, lightly_python
         self.commands = commands
         self.data, self.runs = work / "data", work / study.name
@@ -226,7 +225,7 @@ class Driver:
 def main() -> int:
     """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", help="of study.yaml: quick, full, closer, controls, large or ablation")
+    parser.add_argument("setting", help="of study.yaml: quick, full, controls, large or ablation")
     parser.add_argument("--study", type=Path, default=ROOT / "configs" / "evidence" / "study.yaml")
     parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence")

@@ -172,7 +172,7 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
     [
         ("quick", ["ours", "lightly_train"]),
         ("full", ["ours", "lightly_train"]),
-        ("controls", ["no_crops", "head"]),
+        ("controls", ["ours", "lightly_train_tuned"]),
         ("large", ["ours", "lightly_train"]),
         ("ablation", ["no_crops", "k_2"]),
     ],
@@ -359,11 +359,7 @@ def test_each_student_is_judged_and_each_initialisation_and_teacher_once(
 
 
 def test_probes_that_take_long_come_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judgings("closer", tmp_path, monkeypatch) == [
-        ("ours-seed0", "student", "ours-seed0/judge"),
-        ("ours-seed0", "initial", "company/initial_initialisation/judge"),
-        ("ours-seed0", "teacher", "company/teacher_lite2/judge"),
-        ("lightly_train_tuned-seed0/encoder.yaml", "student", "lightly_train_tuned-seed0/judge"),
+    assert judgings("controls", tmp_path, monkeypatch)[-4:] == [
         ("ours-seed0", "student", "ours-seed0/judge/closer"),
         ("ours-seed0", "initial", "company/initial_initialisation/judge/closer"),
         ("ours-seed0", "teacher", "company/teacher_lite2/judge/closer"),
@@ -375,7 +371,7 @@ def test_other_beginnings_and_teachers_are_judged_beside_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = judgings("controls", tmp_path, monkeypatch)
-    assert [(encoder, out) for encoder, role, out in found if role != "student"] == [
+    assert [(encoder, out) for encoder, role, out in found if role != "student" and "closer" not in out] == [
         ("ours-seed0", "company/initial_initialisation/judge"),
         ("ours-seed0", "company/teacher_lite2/judge"),
         ("lite2_random-seed0", "company/initial_initialisation_of_lite2_random/judge"),
@@ -408,13 +404,13 @@ def test_states_with_another_number_of_views_are_refused(tmp_path: Path) -> None
 
 
 def test_another_tool_is_given_what_it_reads_and_nothing_else(tmp_path: Path) -> None:
-    full, closer = (
+    quick, controls = (
         variants.read_study(CONFIGS / "study.yaml", name, tmp_path / "assets", tmp_path / "work")
-        for name in ("full", "closer")
+        for name in ("quick", "controls")
     )
-    by_name = {variant.name: variant for variant in (*full.variants, *closer.variants)}
+    by_name = {variant.name: variant for variant in (*quick.variants, *controls.variants)}
     own, tuned = by_name["lightly_train"].recipe, by_name["lightly_train_tuned"].recipe
-    assert own["data"] == {"global_batch_size": 8, "samples_per_epoch": 3200}
+    assert own["data"] == {"global_batch_size": 8, "samples_per_epoch": 2400}
     assert own["model"]["teachers"] == by_name["ours"].recipe["model"]["teachers"]
     assert "frozen" not in own["model"]["students"]["tinyvit"]["init_args"]
     assert own["arguments"] == {}
