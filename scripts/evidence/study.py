@@ -225,7 +225,7 @@ class Driver:
 def main() -> int:
     """Read the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("setting", help="of study.yaml: quick, full, controls, large or ablation")
+    parser.add_argument("setting", help="of study.yaml: quick, full, controls, large, ablation or ablation_more")
     parser.add_argument("--study", type=Path, default=ROOT / "configs" / "evidence" / "study.yaml")
     parser.add_argument("--assets", type=Path, default=ROOT.parent / "shared" / "assets")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "evidence")

@@ -151,13 +151,31 @@ def test_an_unknown_setting_is_refused_with_the_known_ones(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "name", ["ours", "pooled_mse", "lite2_random", "vit_random", "resnet50_alone", "both_teachers", "k_2", "token_gram"]
+    "name",
+    [
+        "ours",
+        "pooled_mse",
+        "lite2_random",
+        "vit_random",
+        "resnet50_alone",
+        "both_teachers",
+        "k_2",
+        "token_gram",
+        "white_head",
+    ],
 )
 def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     from distill.cli import main
 
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    setting = {"ours": "full", "pooled_mse": "quick", "k_2": "ablation", "token_gram": "ablation"}.get(name, "controls")
+    settings = {
+        "ours": "full",
+        "pooled_mse": "quick",
+        "k_2": "ablation",
+        "token_gram": "ablation",
+        "white_head": "ablation_more",
+    }
+    setting = settings.get(name, "controls")
     read = variants.read_study(CONFIGS / "study.yaml", setting, tmp_path, tmp_path)
     file = tmp_path / f"{name}.yaml"
     file.write_text(yaml.safe_dump(next(variant.recipe for variant in read.variants if variant.name == name)))
@@ -175,6 +193,7 @@ def test_a_variant_of_the_study_is_a_recipe_that_builds(name: str, tmp_path: Pat
         ("controls", ["ours", "lightly_train_tuned"]),
         ("large", ["ours", "lightly_train"]),
         ("ablation", ["no_crops", "k_2"]),
+        ("ablation_more", ["no_crops", "white_head"]),
     ],
 )
 def test_every_setting_reads_and_puts_real_folders_in(setting: str, first: list[str], tmp_path: Path) -> None:
