@@ -78,6 +78,8 @@ class Driver:
                 judgings += self._judge_steps(variant, seed, study.look, known, train)
                 if variant.name in study.looked_closer and seed == study.seeds[0]:
                     closer += self._judge_steps(variant, seed, study.closer_look, known, train)
+                if variant.name == study.report and seed == study.seeds[0]:
+                    judgings.append(self._report_step(train, *judgings))
             ordered += trainings + judgings
         return ordered + closer
 
@@ -122,18 +124,10 @@ class Driver:
                 f"from, have changed since. Move {run} out of {self.runs} to train it anew, or undo the change."
             )
 
-    def conclude(self, study_file: Path) -> None:
-        """Write the tables, and the report of the run that the study names: on its first data set, with its company."""
+    def write_tables(self, study_file: Path) -> None:
+        """Write the tables."""
         tables = [sys.executable, str(HERE / "tables.py"), str(self.runs), "--study", str(study_file)]
         self._plain(tables, "tables")
-        run = self.runs / f"{self.study.report}-seed{self.study.seeds[0]}"
-        if not self.study.report:
-            return
-        data = self.data / "probe" / f"{self.study.datasets[0]}.csv"
-        probe = [sys.executable, "-m", "distill", "probe", str(run), "--data", str(data), "--leaks", "off"]
-        probe += ["--rungs", "[linear,knn,fidelity]", "--cache", str(self.work / "features")]
-        self._plain([*probe, "--img_size_px", str(self.study.img_size_px)], "report")
-        self._plain([sys.executable, "-m", "distill", "report", str(run), "--out", str(self.report)], "report")
 
     @property
     def report(self) -> Path:
@@ -206,6 +200,26 @@ class Driver:
                 found.append(known[out])
         return found
 
+    def _report_step(self, *needs: Step) -> Step:
+        """Write the report of the run that the study names: on its first data set, with its company."""
+        study = self.study
+        run = self.runs / f"{study.report}-seed{study.seeds[0]}"
+        data = self.data / "probe" / f"{study.datasets[0]}.csv"
+        probe = [sys.executable, "-m", "distill", "probe", str(run), "--data", str(data), "--leaks", "off"]
+        probe += ["--rungs", "[linear,knn,fidelity]", "--cache", str(self.work / "features")]
+        probe += ["--img_size_px", str(study.img_size_px)]
+        report = [sys.executable, "-m", "distill", "report", str(run), "--out", str(self.report)]
+        trained = run / "cost.json"
+
+        def is_done() -> bool:
+            return self.report.is_file() and self.report.stat().st_mtime >= trained.stat().st_mtime
+
+        def write() -> None:
+            self._plain(probe, "report")
+            self._plain(report, "report")
+
+        return Step(f"report: {study.report}, seed {study.seeds[0]}", is_done, write, needs)
+
     def _judged(self, encoder: Path, role: str, out: Path, look: Look, title: str, train: Step) -> Step:
         study = self.study
         files = [out / f"{dataset}.json" for dataset in study.datasets]
@@ -242,7 +256,7 @@ def main() -> int:
         commands = Commands(ROOT, threads=max(1, CORES // asked.jobs))
         driver = Driver(study, work, assets, asked.lightly_python and asked.lightly_python.absolute(), commands)
         perform(driver.steps(), console, asked.jobs, commands.stop)
-        driver.conclude(asked.study)
+        driver.write_tables(asked.study)
     except (StepError, ValueError) as error:
         console.print(str(error), markup=False, highlight=False)
         return 1

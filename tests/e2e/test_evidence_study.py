@@ -104,7 +104,7 @@ def test_the_study_goes_on_where_it_was_stopped_and_ends_in_tables(assets: Path,
     (run / "judge" / "trashnet.json").unlink()
     second = run_study("tiny", configs / "study.yaml", assets, work)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert second.stdout.count("there already") == 5
+    assert second.stdout.count("there already") == 6
     assert (run / "checkpoints" / "last.ckpt").stat().st_mtime_ns == trained
     assert (runs / "results.md").read_text() == text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import threading
 import time
@@ -359,6 +360,23 @@ def judgings(setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
         )
         for words in of_judge
     ]
+
+
+def test_the_report_is_written_once_its_run_is_judged_and_again_after_another_training(tmp_path: Path) -> None:
+    read = variants.read_study(CONFIGS / "study.yaml", "quick", tmp_path / "assets", tmp_path / "work")
+    driver = study.Driver(read, tmp_path / "work", tmp_path / "assets", Path("python"), steps.Commands(tmp_path))
+    (report,) = (step for step in driver.steps() if step.title == "report: ours, seed 0")
+    titles = [step.title for step in report.needs]
+    assert titles == ["train: this project, seed 0", "judge: ours, seed 0", "judge: initialisation", "judge: lite2"]
+    trained = driver.runs / "ours-seed0" / "cost.json"
+    trained.parent.mkdir(parents=True)
+    trained.touch()
+    assert not report.is_done()
+    driver.report.touch()
+    os.utime(trained, (1, 1))
+    assert report.is_done()
+    os.utime(driver.report, (0, 0))
+    assert not report.is_done()
 
 
 def test_each_student_is_judged_and_each_initialisation_and_teacher_once(
