@@ -5,7 +5,7 @@
 #   bash scripts/evidence.sh controls other beginnings, other teachers, LightlyTrain at a higher rate: an hour
 #   bash scripts/evidence.sh large    the main comparison at 448 px: hours
 #   bash scripts/evidence.sh ablation each choice of the recipe changed by itself: hours
-#   bash scripts/evidence.sh ablation_more heads, layer weights, whitening, freezing, likewise: an hour
+#   bash scripts/evidence.sh ablation_more heads, layer weights, whitening, freezing, likewise: hours
 # Images and weights: ../shared/assets, or the folder in ASSETS; results: runs/evidence, or the folder in WORK. Stopped by
 # whatever, the same command goes on. As many steps as there are cores are done at a time; JOBS=1 says otherwise.
 # LIGHTLY=no leaves LightlyTrain out; LIGHTLY_VENV names an environment that has it.

@@ -79,7 +79,7 @@ class Driver:
                 if variant.name in study.looked_closer and seed == study.seeds[0]:
                     closer += self._judge_steps(variant, seed, study.closer_look, known, train)
                 if variant.name == study.report and seed == study.seeds[0]:
-                    judgings.append(self._report_step(train, *judgings))
+                    judgings.append(self._report_step(variant, seed, train, *judgings))
             ordered += trainings + judgings
         return ordered + closer
 
@@ -200,14 +200,13 @@ class Driver:
                 found.append(known[out])
         return found
 
-    def _report_step(self, *needs: Step) -> Step:
-        """Write the report of the run that the study names: on its first data set, with its company."""
-        study = self.study
-        run = self.runs / f"{study.report}-seed{study.seeds[0]}"
-        data = self.data / "probe" / f"{study.datasets[0]}.csv"
+    def _report_step(self, variant: Variant, seed: int, *needs: Step) -> Step:
+        """Write the report of a run: on the study's first data set, with its company."""
+        run = self.run_of(variant, seed)
+        data = self.data / "probe" / f"{self.study.datasets[0]}.csv"
         probe = [sys.executable, "-m", "distill", "probe", str(run), "--data", str(data), "--leaks", "off"]
         probe += ["--rungs", "[linear,knn,fidelity]", "--cache", str(self.work / "features")]
-        probe += ["--img_size_px", str(study.img_size_px)]
+        probe += ["--img_size_px", str(self.study.img_size_px)]
         report = [sys.executable, "-m", "distill", "report", str(run), "--out", str(self.report)]
         trained = run / "cost.json"
 
@@ -218,7 +217,7 @@ class Driver:
             self._plain(probe, "report")
             self._plain(report, "report")
 
-        return Step(f"report: {study.report}, seed {study.seeds[0]}", is_done, write, needs)
+        return Step(f"report: {variant.name}, seed {seed}", is_done, write, needs)
 
     def _judged(self, encoder: Path, role: str, out: Path, look: Look, title: str, train: Step) -> Step:
         study = self.study
