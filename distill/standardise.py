@@ -196,14 +196,17 @@ def equal_variances(covariance: Tensor, whitening: float = 0.0) -> tuple[Tensor,
 
 
 def whitening_factors(eigenvalues: Tensor, whitening: float) -> Tensor:
-    """Return what each principal direction is multiplied by, `[D]`; directions without variance stay small.
+    """Return what each principal direction is multiplied by, `[D]`.
+
+    A direction without variance is multiplied by what one of mean variance is. It has none where there were fewer
+    calibration tokens than channels; made large, it would outweigh all others in other images.
 
     Args:
         eigenvalues: `[D]`, the variances along the directions.
         whitening: power of the standard deviation that a direction is divided by.
     """
-    floor = VARIANCE_FLOOR * eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return eigenvalues.clamp_min(floor).pow(-whitening / 2)
+    mean = eigenvalues.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return eigenvalues.where(eigenvalues > VARIANCE_FLOOR * mean, mean).pow(-whitening / 2)
 
 
 def equalising_rotation(eigenvalues: Tensor) -> Tensor:

@@ -160,6 +160,18 @@ def test_whitening_leaves_dead_directions_dead(mode: StandardiseMode) -> None:
     assert int((torch.linalg.svdvals(standardiser(teacher)) > 0.01 * 4000**0.5).sum()) == 3
 
 
+@pytest.mark.parametrize("mode", ["phi_s", "procrustes"])
+def test_directions_that_no_calibration_token_had_do_not_outweigh_the_others(mode: StandardiseMode) -> None:
+    few, others = torch.randn(16, 64), torch.randn(4000, 64)
+    standardiser = Standardiser(mode, 64, 64, 0.5)
+    standardiser.calibrate(beside(few, few) if mode == "procrustes" else statistics(few))
+    seen = torch.linalg.svd(few - few.mean(0)).Vh[:15]
+    within = (others - few.mean(0)) @ seen.T @ seen + few.mean(0)
+    beyond = others - within + few.mean(0)
+    ratio = standardiser(beyond).square().sum() / standardiser(within).square().sum()
+    assert ratio < 4 * (beyond - few.mean(0)).square().sum() / (within - few.mean(0)).square().sum()
+
+
 def test_procrustes_places_a_narrower_teacher_in_the_students_channels() -> None:
     teacher = torch.randn(4000, 4) * 5
     student = teacher @ torch.linalg.qr(torch.randn(10, 4))[0].T
